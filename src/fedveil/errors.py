@@ -1,0 +1,96 @@
+"""Every error that fedveil raises on purpose.
+
+FedveilError
+├── ConfigurationError         a setting is impossible, unknown or contradicts another
+├── UnknownArchitectureError   no rule says which units this model has
+├── DataError                  a data set cannot be used: empty, mislabelled, wrong columns
+├── WireError                  bytes that arrived are not a message that may be accepted
+├── ProtocolError              a well-formed message at the wrong time, or from the wrong client
+├── TrainingError              local training broke down (a loss that is not finite)
+└── CheckpointError            a checkpoint cannot be written, read or continued
+
+Each message says what was expected, what was found, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "FedveilError",
+    "ProtocolError",
+    "TrainingError",
+    "UnknownArchitectureError",
+    "WireError",
+]
+
+
+class FedveilError(Exception):
+    """A mistake that the caller can understand and repair.
+
+    Attributes are the parts of the message, for programs that want them one by one; any may be "".
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, problem: str, *, expected: str = "", found: str = "", where: str = "", fix: str = ""
+    ) -> None:
+        self.problem, self.expected, self.found = problem, expected, found
+        self.where, self.fix = where, fix
+        super().__init__(problem, expected, found, where, fix)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders (client workers): rebuild them with their keywords.
+        return _rebuild, (type(self), self.problem, self.expected, self.found, self.where, self.fix)
+
+    def __str__(self) -> str:
+        text = self.problem + (f" (in {self.where})" if self.where else "")
+        if self.expected:
+            text += f": expected {self.expected}"
+        if self.found:
+            text += f"{',' if self.expected else ':'} found {self.found}"
+        return text + "." + (f" {self.fix}" if self.fix else "")
+
+
+def _rebuild(
+    kind: type[FedveilError], problem: str, expected: str, found: str, where: str, fix: str
+) -> FedveilError:
+    return kind(problem, expected=expected, found=found, where=where, fix=fix)
+
+
+class ConfigurationError(FedveilError, ValueError):
+    """A setting is impossible, unknown or contradicts another."""
+
+    exit_code = 2
+
+
+class UnknownArchitectureError(FedveilError):
+    """No rule says which units this model has."""
+
+    exit_code = 2
+
+
+class DataError(FedveilError, ValueError):
+    """A data set cannot be used: it is empty, mislabelled or lacks a column."""
+
+    exit_code = 3
+
+
+class WireError(FedveilError):
+    """Bytes that arrived are not a message that may be accepted."""
+
+
+class ProtocolError(FedveilError):
+    """A well-formed message at the wrong time, or from the wrong client."""
+
+
+class TrainingError(FedveilError):
+    """Local training broke down, for instance because the loss is not finite."""
+
+
+class CheckpointError(FedveilError):
+    """A checkpoint cannot be written, read or continued from."""
+
+    exit_code = 4
