@@ -1,0 +1,48 @@
+"""fedveil: federated fine-tuning in which neither the data nor the model is handed over.
+
+The data stays with the clients and the model with its owner: in each round the server releases
+only a proxy, some units withheld and the rest quantized, clients train their proxies and return
+updates, and the server adds these to the full-precision model that nobody else ever holds.
+"""
+
+from fedveil.engine import Evaluation, Observer, RoundRecord
+from fedveil.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    FedveilError,
+    ProtocolError,
+    TrainingError,
+    UnknownArchitectureError,
+    WireError,
+)
+from fedveil.federation import Federation, Result
+from fedveil.schemes import FedAvg, FedQSN, Scheme
+from fedveil.secret import Secret
+from fedveil.training import ImageClassification, TextClassification, Training
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "Evaluation",
+    "FedAvg",
+    "FedQSN",
+    "Federation",
+    "FedveilError",
+    "ImageClassification",
+    "Observer",
+    "ProtocolError",
+    "Result",
+    "RoundRecord",
+    "Scheme",
+    "Secret",
+    "TextClassification",
+    "Training",
+    "TrainingError",
+    "UnknownArchitectureError",
+    "WireError",
+    "__version__",
+]

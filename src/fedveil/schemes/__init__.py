@@ -1,0 +1,18 @@
+"""One file per system; base.py holds the contract they fulfil."""
+
+from fedveil.schemes.base import ClientSide, Scheme, ServerSide, ServerState
+from fedveil.schemes.fedavg import FedAvg
+from fedveil.schemes.fedqsn import FedQSN
+from fedveil.schemes.registry import register_scheme, scheme_class, scheme_names
+
+__all__ = [
+    "ClientSide",
+    "FedAvg",
+    "FedQSN",
+    "Scheme",
+    "ServerSide",
+    "ServerState",
+    "register_scheme",
+    "scheme_class",
+    "scheme_names",
+]

@@ -1,0 +1,25 @@
+"""What a client does with a proxy: tasks, local training, evaluation.
+
+Nothing here imports transformers or datasets: tokenizers, models and data sets are used by what
+they can do (duck typing), so any that behave alike will work.
+"""
+
+from fedveil.training.evaluation import evaluate
+from fedveil.training.images import ImageClassification
+from fedveil.training.settings import Training
+from fedveil.training.tasks import Dataset, Measure, Prepared, Task
+from fedveil.training.text import TextClassification
+from fedveil.training.trainer import Trainer, TrainingRecord
+
+__all__ = [
+    "Dataset",
+    "ImageClassification",
+    "Measure",
+    "Prepared",
+    "Task",
+    "TextClassification",
+    "Trainer",
+    "Training",
+    "TrainingRecord",
+    "evaluate",
+]

@@ -1,0 +1,72 @@
+"""The weighted mean of updates, streamed: one running sum per tensor, whatever the clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedveil.selection import Selection
+
+__all__ = ["AVERAGES", "Average", "StreamingMean"]
+
+Average = Literal["holders", "participants"]
+AVERAGES = ("holders", "participants")
+
+
+class StreamingMean:
+    """Mean update of a round, each element over the clients that held it.
+
+    For element e of a tensor, with weights w_k (examples) and updates d_k of the clients k:
+
+    - ``"holders"``: sum over k holding e of w_k d_k[e] / sum over k holding e of w_k;
+    - ``"participants"``: the same sum divided by the weights of all clients of the round, whether
+      they held e or not (the mean of FedQSN's released code).
+
+    An element that no client held has mean update exactly zero. Sums are float32 (float64 for
+    float64 models) and depend, in the last bits, on the order of :meth:`add`: engines add in the
+    order in which clients were sampled.
+
+    Does NOT protect: the server sees every update; nothing is clipped or noised here.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], average: Average = "holders") -> None:
+        self._shapes, self._average = dict(shapes), average
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
+        self.total_weight = 0.0
+        self.clients = 0
+
+    def add(self, updates: Mapping[str, Tensor], selection: Selection, weight: float) -> None:
+        """Add one client's updates, given on released elements only, at their released shapes.
+
+        A tensor that is missing did not change: its update is zero and its weight counts.
+        """
+        for name, shape in self._shapes.items():
+            if name in updates:
+                if name not in self._sums:
+                    self._sums[name] = torch.zeros(shape, dtype=updates[name].dtype)
+                selection.add(name, updates[name] * weight, self._sums[name])
+            if name not in self._weights:
+                self._weights[name] = torch.zeros(_weight_shape(selection, name, shape))
+            self._weights[name] += weight * selection.released(name, self._weights[name].shape)
+        self.total_weight += weight
+        self.clients += 1
+
+    def mean(self, name: str) -> Tensor | None:
+        """The mean update of one tensor at its full shape, or None if none changed it."""
+        if name not in self._sums:
+            return None
+        if self._average == "participants":
+            return self._sums[name] / self.total_weight
+        weights = self._weights[name]
+        # Where nobody held an element its sum is zero as well: 0 / 1 keeps it exactly zero.
+        return self._sums[name] / torch.where(weights > 0, weights, torch.ones_like(weights))
+
+
+def _weight_shape(selection: Selection, name: str, full: torch.Size) -> torch.Size:
+    """Weights vary only along cut axes; along the others one number serves all elements."""
+    cut = selection.positions(name)
+    return torch.Size(size if axis in cut else 1 for axis, size in enumerate(full))

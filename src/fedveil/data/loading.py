@@ -1,0 +1,135 @@
+"""One door for data: a file of rows, or the name of a data set on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedveil.data.library import library, quiet
+from fedveil.errors import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["load_data"]
+
+
+def load_data(
+    source: str | Path, *, split: str = "train", config: str | None = None
+) -> datasets.Dataset:
+    """Load rows from a file or from the hub.
+
+    A file is read into memory: unlike the libraries' own readers this leaves no copy of private
+    rows in a cache folder. In csv files an empty cell is a missing value; "NA" and "null" are text.
+
+    Args:
+        source: A .csv, .json (a list of records), .jsonl or .parquet file; or a hub name such as
+            "owner/name". A Path, a known suffix, or anything that exists is taken for a file.
+        split: Which part of a hub data set, such as "train" or "train[:10%]". A file has only one.
+        config: Which variant of a hub data set, such as "sst2" of "glue".
+
+    Raises:
+        DataError: The file is missing, of another kind, empty or broken; or the hub has no such
+            data set or cannot be reached.
+        ConfigurationError: `split` or `config` was given for a file, or the `hf` extra is missing.
+    """
+    path = Path(source)
+    is_file = isinstance(source, Path) or path.suffix.lower() in _READERS or path.exists()
+    if is_file and (split != "train" or config is not None):
+        raise ConfigurationError(
+            "a file has no splits or variants to choose from",
+            found=f"split={split!r}, config={config!r}",
+            where=str(source),
+            fix="Leave them out, and keep each split in a file of its own.",
+        )
+    with quiet():
+        dataset = _from_file(path) if is_file else _from_hub(str(source), split, config)
+    if len(dataset) == 0:
+        raise DataError("the data set is empty", expected="at least one row", where=str(source))
+    return dataset
+
+
+def _from_file(path: Path) -> datasets.Dataset:
+    reader = _READERS.get(path.suffix.lower())
+    if not path.is_file():
+        raise _no_file(path)
+    if reader is None:
+        raise DataError(
+            "this kind of file is not known",
+            expected=", ".join(_READERS),
+            found=path.suffix or "no suffix",
+            where=str(path),
+            fix="Convert it; pandas reads most formats.",
+        )
+    try:
+        return reader(path)
+    # pyarrow's TypeError: a column holds values of several types.
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            "the file cannot be read", found=_first_line(error), where=str(path)
+        ) from error
+
+
+def _from_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
+    try:
+        return library("datasets").load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "the hub data set cannot be loaded",
+            found=_first_line(error),
+            where=name,
+            fix="Check the name, split and config. Without a network name a local file, or a data "
+            "set loaded before, with HF_HUB_OFFLINE=1 to skip the waiting.",
+        ) from error
+
+
+def _no_file(path: Path) -> DataError:
+    if path.is_dir():
+        return DataError("a folder is no data set", expected="a file", where=str(path))
+    folder = path.parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    fix = f"Did you mean {str(folder / near[0])!r}?" if near else f"Look in {folder.absolute()}."
+    return DataError("there is no such file", where=str(path), fix=fix)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(".: ")
+
+
+def _read_csv(path: Path) -> datasets.Dataset:
+    # Without keep_default_na=False texts such as "None" or "NA" would turn into gaps.
+    frame = library("pandas").read_csv(path, keep_default_na=False, na_values=[""])
+    return library("datasets").Dataset.from_pandas(frame, preserve_index=False)
+
+
+def _read_json(path: Path) -> datasets.Dataset:
+    # Not with pandas, which guesses at dates and so would change texts.
+    with path.open(encoding="utf-8") as file:
+        if path.suffix.lower() == ".jsonl":
+            records = [json.loads(line) for line in file if line.strip()]
+        else:
+            records = json.load(file)
+    if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
+        raise ValueError("not a list of records")
+    # Dataset.from_list would drop every column that the first record lacks.
+    names = dict.fromkeys(name for row in records for name in row)
+    columns = {name: [row.get(name) for row in records] for name in names}
+    return library("datasets").Dataset.from_dict(columns)
+
+
+def _read_parquet(path: Path) -> datasets.Dataset:
+    table = library("pyarrow.parquet").read_table(path)
+    return library("datasets").Dataset(table)
+
+
+_READERS: dict[str, Callable[[Path], datasets.Dataset]] = {
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".parquet": _read_parquet,
+}

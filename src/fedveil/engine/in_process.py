@@ -1,0 +1,264 @@
+"""All of a federation on one machine, over the same bytes that a network would carry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedveil.engine.checkpoint import Checkpoint, CheckpointFolder
+from fedveil.engine.observer import Observer
+from fedveil.engine.records import RoundRecord
+from fedveil.engine.workers import Answer, Crew, Job, Workplace, crew
+from fedveil.errors import CheckpointError, ConfigurationError, FedveilError, ProtocolError
+from fedveil.schemes import ServerSide
+from fedveil.state import load_state
+from fedveil.training import evaluate
+from fedveil.wire import Message
+
+__all__ = ["Evaluation", "InProcess"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured on the owner's test set, and how often.
+
+    Attributes:
+        every: Measure global and server model every so many rounds; 0 only after the last.
+        proxies_every: The same for the clients' proxies, as received and as trained, which costs
+            two evaluations per client.
+        proxies: Measure at most this many of a round's clients; None measures all.
+    """
+
+    every: int = 1
+    proxies_every: int = 0
+    proxies: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every", "proxies_every", "proxies"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ConfigurationError(
+                    f"The setting {name!r} is impossible",
+                    expected="an integer of at least 0",
+                    found=repr(value),
+                )
+
+
+@dataclass
+class InProcess:
+    """Runs rounds. Clients are sampled anew in each; replies are absorbed in sampled order.
+
+    The same configuration, secret and seed give the same bytes, whatever ``workers`` is.
+
+    Attributes:
+        server: The owner's half of the scheme.
+        place: What clients have.
+        model: The owner's model object, used to measure; its weights are overwritten.
+        configuration: What a checkpoint must agree with to be resumed.
+        seed: Decides sampling, batch order and dropout; nothing secret.
+        clients_per_round: How many clients take part in a round; None for all.
+        workers: Client processes.
+        evaluation: What is measured.
+        folder: Where ``metrics.jsonl``, checkpoints and messages go; None writes nothing.
+        keep_messages: Keep exactly the bytes that each client received, and its reply.
+    """
+
+    server: ServerSide
+    place: Workplace
+    model: nn.Module
+    configuration: Mapping[str, Any]
+    seed: int
+    clients_per_round: int | None
+    workers: int
+    evaluation: Evaluation
+    folder: Path | None
+    keep_messages: bool
+    observer: Observer
+
+    def run(self, rounds: int, *, resume: bool) -> list[RoundRecord]:
+        """Run until round ``rounds`` is finished; returns the records of all rounds.
+
+        Raises:
+            CheckpointError: If a checkpoint is in the way, damaged, foreign, or cannot be written.
+            FedveilError: If no client at all gave a usable reply in a round.
+        """
+        records = self._take_up(resume)
+        self._write_metrics(records)
+        self.observer.run_started(rounds, len(records))
+        if len(records) >= rounds:
+            return records
+        with crew(self.place, self.workers) as clients:
+            for number in range(len(records) + 1, rounds + 1):
+                record = self._round(number, rounds, clients)
+                records.append(record)
+                self._save(records)
+                self.observer.round_finished(record)
+        return records
+
+    def measure_model(self, model: nn.Module) -> dict[str, float] | None:
+        """What a model reaches on the owner's test set, or None without one."""
+        if self.place.test is None:
+            return None
+        return evaluate(model, self.place.task, self.place.test)
+
+    def _round(self, number: int, rounds: int, clients: Crew) -> RoundRecord:
+        started = time.perf_counter()
+        record = RoundRecord(number)
+        sampled = self._sample(number)
+        self.observer.round_started(number, len(sampled))
+        self.server.begin_round(number)
+        answers, failures = [], []
+        for answer in clients.answers(self._jobs(record, sampled, rounds)):
+            failure = self._absorb(record, answer)
+            failures += [failure] if failure else []
+            answers.append(answer)
+            self.observer.client_finished(number, answer.client, str(failure) if failure else None)
+        if len(failures) == len(sampled):
+            raise failures[0]
+        record.metrics = dict(self.server.end_round())
+        record.measures = self._measure(number, rounds) | _mean_measures(answers)
+        record.seconds = time.perf_counter() - started
+        return record
+
+    def _sample(self, number: int) -> list[str]:
+        names = sorted(self.place.trainers)
+        count = self.clients_per_round or len(names)
+        return random.Random(f"{self.seed}/sample/{number}").sample(names, count)  # noqa: S311
+
+    def _jobs(self, record: RoundRecord, sampled: Sequence[str], rounds: int) -> Iterator[Job]:
+        measured = set(sampled[: self.evaluation.proxies])
+        if not _is_due(self.evaluation.proxies_every, record.round, rounds):
+            measured = set()
+        for client in sampled:
+            proxy = self.server.release(client).to_bytes()
+            record.bytes_down[client] = len(proxy)
+            self._keep(record.round, client, "proxy", proxy)
+            yield Job(client, proxy, self._seed(record.round, client), client in measured)
+
+    def _absorb(self, record: RoundRecord, answer: Answer) -> FedveilError | None:
+        """Use one answer; returns why it could not be used."""
+        try:
+            if answer.failure is not None or answer.reply is None:
+                raise answer.failure or ProtocolError("A client gave no reply", where=answer.client)
+            self._keep(record.round, answer.client, "update", answer.reply)
+            reply = Message.from_bytes(answer.reply)
+            examples = _count(reply, "examples")
+            self.server.absorb(answer.client, reply, float(examples))
+        except FedveilError as error:
+            record.failed[answer.client] = str(error)
+            return error
+        record.bytes_up[answer.client] = len(answer.reply)
+        record.examples[answer.client] = examples
+        for name, losses in (("loss_first", record.loss_first), ("loss_last", record.loss_last)):
+            losses[answer.client] = float(reply.scalars.get(name, math.nan))
+        return None
+
+    def _measure(self, number: int, rounds: int) -> dict[str, dict[str, float]]:
+        if self.place.test is None or not _is_due(self.evaluation.every, number, rounds):
+            return {}
+        measures = {}
+        for view, tensors in self.server.views().items():
+            load_state(self.model, tensors)
+            measures[view] = evaluate(self.model, self.place.task, self.place.test)
+        return measures
+
+    def _seed(self, number: int, client: str) -> int:
+        text = f"{self.seed}/train/{number}/{client}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+    def _take_up(self, resume: bool) -> list[RoundRecord]:
+        """Continue from the newest checkpoint, if that is wanted and there is one."""
+        if self.folder is None:
+            if resume:
+                raise ConfigurationError(
+                    "There is nothing to resume from", fix="Give the run a folder with out=..."
+                )
+            return []
+        folder = CheckpointFolder(self.folder / "checkpoints")
+        if not resume:
+            if folder.newest() is not None:
+                raise CheckpointError(
+                    "The run folder already holds a federation",
+                    where=str(self.folder),
+                    fix="Resume it, or use another folder.",
+                )
+            return []
+        checkpoint = folder.load(self.configuration)
+        if checkpoint is None:
+            return []
+        self.server.restore(checkpoint.state)
+        return checkpoint.records
+
+    def _save(self, records: Sequence[RoundRecord]) -> None:
+        if self.folder is None:
+            return
+        checkpoint = Checkpoint(self.server.state(), list(records), self.configuration)
+        CheckpointFolder(self.folder / "checkpoints").save(checkpoint)
+        self._write_metrics(records)
+
+    def _write_metrics(self, records: Iterable[RoundRecord]) -> None:
+        """The whole file anew: it says what the checkpoint says, also after a crash in between."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(record.to_json()) + "\n" for record in records)
+        aside = self.folder / "metrics.jsonl.unfinished"
+        try:
+            aside.write_text(lines, encoding="utf-8")
+            aside.replace(self.folder / "metrics.jsonl")
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise CheckpointError(
+                "metrics.jsonl could not be written",
+                found=str(error),
+                where=str(self.folder),
+                fix="The round is in the checkpoint: free some space and run again with resume.",
+            ) from error
+
+    def _keep(self, number: int, client: str, kind: str, data: bytes) -> None:
+        if self.folder is None or not self.keep_messages:
+            return
+        folder = self.folder / "messages" / f"round-{number:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{client}.{kind}.safetensors").write_bytes(data)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run wrote into its folder, and nothing else."""
+    for name in ("checkpoints", "messages"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def _is_due(every: int, number: int, rounds: int) -> bool:
+    return number == rounds or (every > 0 and number % every == 0)
+
+
+def _count(reply: Message, name: str) -> int:
+    value = reply.scalars.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ProtocolError(
+            f"A reply does not say its {name}", expected="a positive integer", found=repr(value)
+        )
+    return value
+
+
+def _mean_measures(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+    means = {}
+    for name in ("before", "after"):
+        measured = [m for answer in answers if (m := getattr(answer, name)) is not None]
+        if measured:
+            means[f"proxy_{name}"] = {
+                key: sum(m[key] for m in measured) / len(measured) for key in measured[0]
+            }
+    return means

@@ -1,0 +1,23 @@
+"""Who wants to know how a federation is getting on."""
+
+from __future__ import annotations
+
+from fedveil.engine.records import RoundRecord
+
+__all__ = ["Observer"]
+
+
+class Observer:
+    """Hears of every event; does nothing with it unless a subclass does."""
+
+    def run_started(self, rounds: int, finished: int) -> None:
+        """A run of ``rounds`` rounds begins; ``finished`` are done already (resumed)."""
+
+    def round_started(self, number: int, clients: int) -> None:
+        """Round ``number`` begins with this many clients."""
+
+    def client_finished(self, number: int, client: str, failure: str | None) -> None:
+        """A client's reply was used, or was not because of ``failure``."""
+
+    def round_finished(self, record: RoundRecord) -> None:
+        """A round is over and, if there is a run folder, on disk."""

@@ -1,0 +1,49 @@
+"""What is written down of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["RoundRecord"]
+
+
+@dataclass
+class RoundRecord:
+    """One round, as a line of ``metrics.jsonl``.
+
+    Attributes:
+        round: Its number, from 1.
+        bytes_down: Bytes of the message that each client was sent.
+        bytes_up: Bytes of each client's reply.
+        failed: Clients whose reply was not used, with the reason.
+        examples: Examples each client trained on.
+        loss_first: Loss of each client's first batch, in nats.
+        loss_last: Loss of each client's last batch, in nats.
+        measures: On the owner's test set: ``global``, ``server_model``, ``proxy_before`` and
+            ``proxy_after`` (the last two means over the measured clients), each with ``accuracy``
+            in percent and ``loss`` in nats.
+        metrics: What the scheme reports of the round.
+        seconds: Wall-clock time of the round, measuring included.
+    """
+
+    round: int
+    bytes_down: dict[str, int] = field(default_factory=dict)
+    bytes_up: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    loss_first: dict[str, float] = field(default_factory=dict)
+    loss_last: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RoundRecord:
+        """The record that :meth:`to_json` wrote."""
+        return cls(**values)

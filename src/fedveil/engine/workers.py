@@ -1,0 +1,225 @@
+"""Clients at work: in this process one after the other, or in single-threaded worker processes."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fedveil.errors import FedveilError, TrainingError
+from fedveil.schemes import ClientSide
+from fedveil.training import Prepared, Task, Trainer, evaluate
+from fedveil.wire import Message
+
+__all__ = ["Answer", "Crew", "Job", "Workplace", "crew", "single_thread"]
+
+Measures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """All that clients have: no model weights, no secret, nothing of the server.
+
+    ``architecture`` is a model whose weights were wiped; ``test`` is the owner's test set, lent to
+    measure proxies in an experiment (real clients do not have it).
+    """
+
+    architecture: nn.Module
+    side: ClientSide
+    task: Task
+    trainers: dict[str, Trainer]
+    test: Prepared | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's round: the bytes it was sent and the seed of its training."""
+
+    client: str
+    proxy: bytes
+    seed: int
+    measure: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: the reply's bytes, or why there are none; ``before`` and ``after`` measure
+    the proxy as received and as trained."""
+
+    client: str
+    reply: bytes | None
+    failure: FedveilError | None = None
+    before: Measures | None = None
+    after: Measures | None = None
+    seconds: float = 0.0
+
+
+def work(place: Workplace, job: Job) -> Answer:
+    """Do one job. Whatever goes wrong in it is the answer, not an exception."""
+    started = time.perf_counter()
+    try:
+        message = Message.from_bytes(job.proxy)
+        before = _measure_received(place, message) if job.measure else None
+        trainer = partial(place.trainers[job.client].train, seed=job.seed)
+        reply = place.side.fit(message, place.architecture, trainer).to_bytes()
+        after = _measure(place) if job.measure else None
+    except FedveilError as error:
+        return Answer(job.client, None, error)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        failure = TrainingError(
+            "A client's training failed",
+            found=f"{type(error).__name__}: {error}",
+            where=f"{frame.filename}:{frame.lineno}",
+        )
+        return Answer(job.client, None, failure)
+    return Answer(job.client, reply, None, before, after, time.perf_counter() - started)
+
+
+def _measure_received(place: Workplace, message: Message) -> Measures | None:
+    place.side.load(message, place.architecture)
+    return _measure(place)
+
+
+def _measure(place: Workplace) -> Measures | None:
+    if place.test is None:
+        return None
+    return evaluate(place.architecture, place.task, place.test)
+
+
+class Crew(Protocol):
+    """Does jobs and hands back the answers in the order of the jobs."""
+
+    def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:
+        """Do the jobs. A job is asked for only when someone is about to be free for it."""
+
+
+@dataclass
+class InTurn:
+    """One client after the other, in this process, on one thread."""
+
+    place: Workplace
+
+    def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:
+        """See :class:`Crew`."""
+        for job in jobs:
+            with single_thread():
+                answer = work(self.place, job)
+            yield answer
+
+
+class Pool:
+    """Several processes of one thread each: two threads per process on two cores are far slower.
+
+    A process that dies costs its client the round; the pool is started again.
+    """
+
+    def __init__(self, place: Workplace, workers: int) -> None:
+        self._place, self._workers = place, workers
+        self._executor = self._start()
+
+    def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:
+        """See :class:`Crew`."""
+        waiting: deque[tuple[Job, Future[Answer]]] = deque()
+        for job in jobs:
+            waiting.append((job, self._executor.submit(_work_here, job)))
+            # One job beyond the busy workers keeps them busy; more would only hold memory.
+            if len(waiting) > self._workers:
+                yield self._next(waiting)
+        while waiting:
+            yield self._next(waiting)
+
+    def close(self) -> None:
+        """Stop the processes."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self._workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_settle_in,
+            initargs=(self._place,),
+        )
+
+    def _next(self, waiting: deque[tuple[Job, Future[Answer]]]) -> Answer:
+        job, future = waiting.popleft()
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            return self._again(job, waiting)
+
+    def _again(self, job: Job, waiting: deque[tuple[Job, Future[Answer]]]) -> Answer:
+        """A process died and took the pool with it: who killed it cannot be told, so each job that
+        was under way gets one more try, alone; the client whose try dies again has failed."""
+        self.close()
+        self._executor = self._start()
+        answer = self._alone(job)
+        for index, (other, future) in enumerate(waiting):
+            if future.done() and future.exception() is None:
+                continue
+            done: Future[Answer] = Future()
+            done.set_result(self._alone(other))
+            waiting[index] = (other, done)
+        return answer
+
+    def _alone(self, job: Job) -> Answer:
+        try:
+            return self._executor.submit(_work_here, job).result()
+        except BrokenProcessPool:
+            self.close()
+            self._executor = self._start()
+            failure = TrainingError(
+                "A client's process died", where=job.client, fix="Look for a lack of memory."
+            )
+            return Answer(job.client, None, failure)
+
+
+@contextmanager
+def crew(place: Workplace, workers: int) -> Iterator[Crew]:
+    """The clients of a run, at work until the context ends."""
+    if workers == 1:
+        yield InTurn(place)
+        return
+    pool = Pool(place, workers)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Compute on one thread: the same sums in the same order, however many workers there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+_place: Workplace | None = None
+
+
+def _settle_in(place: Workplace) -> None:
+    global _place
+    torch.set_num_threads(1)
+    # Tensors that are handed to a process share memory with everyone else's: take a copy to train.
+    _place = replace(place, architecture=copy.deepcopy(place.architecture))
+
+
+def _work_here(job: Job) -> Answer:
+    assert _place is not None
+    return work(_place, job)

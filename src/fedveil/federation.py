@@ -1,0 +1,263 @@
+"""The facade: a model, its clients, a scheme, and `run`."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedveil.engine import Evaluation, InProcess, Observer, RoundRecord
+from fedveil.engine.in_process import clear
+from fedveil.engine.workers import Workplace
+from fedveil.errors import ConfigurationError, DataError, FedveilError
+from fedveil.schemes import FedQSN, Scheme
+from fedveil.secret import Secret
+from fedveil.state import load_state, read_state, wipe
+from fedveil.training import Dataset, Task, Trainer, Training
+
+__all__ = ["Federation", "Result"]
+
+_CLIENT_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a federation leaves behind.
+
+    Attributes:
+        global_model: The owner's fine-tuned model, after the merge. An ordinary PyTorch or Hugging
+            Face model: ``result.global_model.save_pretrained("tuned")``.
+        rounds: A record of every round; the same lines are in ``metrics.jsonl``.
+        base: What the model reached on the owner's test set before round 1, or None without one.
+        parameters_bytes: Bytes of the model in float32: what one fp32 release would take.
+    """
+
+    global_model: nn.Module
+    rounds: list[RoundRecord]
+    base: dict[str, float] | None
+    parameters_bytes: int
+
+    def mean_bytes_down(self) -> float:
+        """Mean bytes per client and round that the server sent."""
+        return _mean([size for record in self.rounds for size in record.bytes_down.values()])
+
+    def mean_bytes_up(self) -> float:
+        """Mean bytes per client and round that a client returned."""
+        return _mean([size for record in self.rounds for size in record.bytes_up.values()])
+
+
+class Federation:
+    """An owner's model and the clients on whose data it is fine-tuned.
+
+    Example:
+        >>> federation = fedveil.Federation(
+        ...     model, clients, task=fedveil.TextClassification(tokenizer), scheme=fedveil.FedQSN()
+        ... )  # doctest: +SKIP
+        >>> result = federation.run(rounds=5)  # doctest: +SKIP
+
+    With ``workers`` above 1 a script needs the usual ``if __name__ == "__main__":`` guard, because
+    worker processes import it.
+
+    Args:
+        model: The owner's model. It is copied; the copy never leaves the server.
+        clients: Data sets by client name (letters, digits, ``.``, ``_``, ``-``), or a sequence,
+            whose clients are called ``client-00`` and so on.
+        task: What the model is trained for.
+        scheme: The method; :class:`FedQSN` unless told.
+        training: How clients train.
+        test: The owner's test set; without it nothing is measured.
+        evaluation: What is measured, and how often.
+        clients_per_round: How many clients take part in a round; None for all.
+        secret: The federation secret. None draws a new one, which is then lost: a run that is to
+            be resumed or repeated needs its secret kept by you.
+        seed: Decides sampling, batch order and dropout; nothing secret.
+        workers: Client processes, one thread each. Results do not depend on it.
+        out: Run folder for ``metrics.jsonl`` and checkpoints; None writes nothing.
+        keep_messages: Keep exactly the bytes each client received and returned, under ``out``.
+        observer: Hears of every event.
+
+    Does NOT protect what the scheme does not protect: read the docstring of the scheme. In process,
+    clients share a machine with the owner; separation between companies takes an engine that runs
+    over a network.
+
+    Raises:
+        DataError: If a client's data or the test set cannot be used; the error names the client.
+        ConfigurationError: If a setting is impossible.
+        UnknownArchitectureError: If no rule says which units the model has.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        clients: Mapping[str, Dataset] | Sequence[Dataset],
+        *,
+        task: Task,
+        scheme: Scheme | None = None,
+        training: Training | None = None,
+        test: Dataset | None = None,
+        evaluation: Evaluation | None = None,
+        clients_per_round: int | None = None,
+        secret: Secret | None = None,
+        seed: int = 0,
+        workers: int = 1,
+        out: str | Path | None = None,
+        keep_messages: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        self.scheme = scheme or FedQSN()
+        self.training = training or Training()
+        named = _name_clients(clients)
+        _check_count("clients_per_round", clients_per_round, len(named))
+        _check_count("workers", workers, None)
+        if keep_messages and out is None:
+            raise ConfigurationError(
+                "keep_messages needs a place to keep them", fix="Give the run a folder with out=..."
+            )
+        # A secret that nobody keeps cannot be used to resume.
+        self._secret_is_kept = secret is not None
+        self._secret = secret or Secret.generate()
+        self._model = copy.deepcopy(model)
+        self._seed, self._workers = seed, workers
+        self._clients_per_round, self._evaluation = clients_per_round, evaluation or Evaluation()
+        self._out, self._keep_messages = (Path(out) if out is not None else None), keep_messages
+        self._observer = observer or Observer()
+        self._task = task
+        self._test = None if test is None else _prepared("the test set", task, test)
+        self._trainers = {
+            name: _trainer(name, task, data, self.training) for name, data in named.items()
+        }
+        self.scheme.server(self._model, self._secret)  # says now what it cannot work with
+
+    def run(self, rounds: int, *, resume: bool = False, overwrite: bool = False) -> Result:
+        """Run until round ``rounds`` is finished.
+
+        Args:
+            rounds: Number of rounds in all.
+            resume: Continue from the newest checkpoint in ``out``, if there is one, to the same
+                result as an uninterrupted run.
+            overwrite: Remove an earlier run from ``out`` first.
+
+        Raises:
+            CheckpointError: If ``out`` already holds a run and neither of the two is set, or its
+                checkpoint belongs to another configuration or is damaged.
+            FedveilError: If no client gave a usable reply in a round.
+        """
+        _check_count("rounds", rounds, None)
+        if resume and not self._secret_is_kept:
+            raise ConfigurationError(
+                "A run can only be resumed with the secret it was begun with",
+                fix="Pass secret=Secret.from_file(...), to both runs.",
+            )
+        if overwrite and not resume and self._out is not None:
+            clear(self._out)
+        model = copy.deepcopy(self._model)
+        server = self.scheme.server(model, self._secret)
+        engine = InProcess(
+            server=server,
+            place=self._workplace(),
+            model=copy.deepcopy(self._model),
+            configuration=self.configuration(),
+            seed=self._seed,
+            clients_per_round=self._clients_per_round,
+            workers=self._workers,
+            evaluation=self._evaluation,
+            folder=self._out,
+            keep_messages=self._keep_messages,
+            observer=self._observer,
+        )
+        base = engine.measure_model(model)
+        records = engine.run(rounds, resume=resume)
+        load_state(model, server.final())
+        return Result(model, records, base, _fp32_bytes(model))
+
+    def configuration(self) -> dict[str, Any]:
+        """What decides the result, as plain values; the secret appears as its fingerprint."""
+        return {
+            "scheme": {"name": self.scheme.name, **asdict(self.scheme)},  # type: ignore[call-overload]
+            "training": asdict(self.training),
+            "clients": {name: t.examples for name, t in sorted(self._trainers.items())},
+            "clients_per_round": self._clients_per_round,
+            "seed": self._seed,
+            "secret": self._secret.fingerprint(),
+            "model": _fingerprint(self._model),
+        }
+
+    def _workplace(self) -> Workplace:
+        architecture = copy.deepcopy(self._model)
+        wipe(architecture)
+        return Workplace(architecture, self.scheme.client(), self._task, self._trainers, self._test)
+
+
+def _name_clients(clients: Mapping[str, Dataset] | Sequence[Dataset]) -> dict[str, Dataset]:
+    if isinstance(clients, Mapping):
+        named = dict(clients)
+    else:
+        named = {f"client-{i:02d}": data for i, data in enumerate(clients)}
+    if not named:
+        raise ConfigurationError("A federation needs clients", expected="at least 1", found="none")
+    for name in named:
+        if not isinstance(name, str) or not _CLIENT_NAME.fullmatch(name) or set(name) == {"."}:
+            raise ConfigurationError(
+                "A client's name cannot be used",
+                expected="1 to 64 letters, digits, '.', '_' and '-'",
+                found=repr(name),
+            )
+    return named
+
+
+def _prepared(who: str, task: Task, data: Dataset) -> Any:
+    try:
+        return task.prepare(data)
+    except FedveilError as error:
+        raise _name_culprit(who, error) from error
+
+
+def _trainer(name: str, task: Task, data: Dataset, training: Training) -> Trainer:
+    return Trainer(task, _prepared(f"client {name}", task, data), training)
+
+
+def _name_culprit(who: str, error: FedveilError) -> FedveilError:
+    where = f"{who}, {error.where}" if error.where else who
+    kind = type(error) if isinstance(error, DataError) else DataError
+    return kind(
+        error.problem, expected=error.expected, found=error.found, where=where, fix=error.fix
+    )
+
+
+def _check_count(name: str, value: int | None, most: int | None) -> None:
+    if value is None:
+        return
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not ok or (most is not None and value > most):
+        limit = f" and at most {most}, the number of clients" if most is not None else ""
+        raise ConfigurationError(
+            f"The setting {name!r} is impossible",
+            expected=f"an integer of at least 1{limit}",
+            found=repr(value),
+        )
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A digest of the base: names, shapes, dtypes and weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in read_state(model).items():
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        raw = tensor.detach().cpu().contiguous().flatten()
+        digest.update(raw.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fp32_bytes(model: nn.Module) -> int:
+    return 4 * sum(t.numel() for t in read_state(model).values() if t.is_floating_point())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

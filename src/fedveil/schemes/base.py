@@ -1,0 +1,126 @@
+"""The contract of a scheme: one method's whole protocol, server side and client side."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import nn
+
+from fedveil.secret import Secret
+from fedveil.state import StateDict
+from fedveil.wire import Message
+
+__all__ = ["ClientSide", "LocalTrainer", "Metrics", "Scheme", "ServerSide", "ServerState"]
+
+Metrics = Mapping[str, float]
+
+
+class LocalRecord(Protocol):
+    """What a client tells of its training."""
+
+    @property
+    def examples(self) -> int:
+        """Distinct examples the client trained on: its weight in the mean."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+
+    @property
+    def loss_first(self) -> float:
+        """Loss of the first batch, in nats."""
+
+    @property
+    def loss_last(self) -> float:
+        """Loss of the last batch, in nats."""
+
+
+class LocalTrainer(Protocol):
+    """Trains a model in place on one client's data."""
+
+    def __call__(self, model: nn.Module) -> LocalRecord:
+        """Train ``model`` and say what was done."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything a server side needs to go on, except the secret.
+
+    ``tensors`` hold the global model: whoever reads them owns it.
+    """
+
+    tensors: StateDict
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class ServerSide(Protocol):
+    """The owner's half of a scheme. It holds the global model; ``release`` is the only door out.
+
+    Per round: ``begin_round``, then ``release`` and ``absorb`` once per client, then ``end_round``.
+    """
+
+    def begin_round(self, number: int) -> None:
+        """Prepare the releases of a round (numbered from 1)."""
+
+    def release(self, client: str) -> Message:
+        """The message for one client. The same client gets the same message all round long."""
+
+    def absorb(self, client: str, reply: Message, weight: float) -> None:
+        """Add one reply to the running sums.
+
+        Raises:
+            ProtocolError: If the reply is not the one awaited; then nothing has changed.
+        """
+
+    def end_round(self) -> Metrics:
+        """Apply the mean update to the global model and say what happened."""
+
+    def final(self) -> StateDict:
+        """The model to keep, after the merge, in the dtypes the owner brought."""
+
+    def views(self) -> Mapping[str, StateDict]:
+        """Models for the owner to measure: ``global`` and, if there is one, ``server_model``.
+
+        Never to be serialized towards a client.
+        """
+
+    def state(self) -> ServerState:
+        """Everything needed to resume after the last finished round, secret excluded."""
+
+    def restore(self, state: ServerState) -> None:
+        """Go on from a state that :meth:`state` returned under the same configuration."""
+
+
+class ClientSide(Protocol):
+    """A partner's half of a scheme."""
+
+    def load(self, message: Message, model: nn.Module) -> None:
+        """Put the proxy in ``message`` into ``model``, an architecture whose weights do not matter.
+
+        Raises:
+            ProtocolError: If the message does not fit the model.
+        """
+
+    def fit(self, message: Message, model: nn.Module, trainer: LocalTrainer) -> Message:
+        """Load the proxy, train it in place, and return the update.
+
+        Raises:
+            ProtocolError: If the message does not fit the model.
+        """
+
+
+class Scheme(ABC):
+    """One method. A subclass is a frozen dataclass: its fields are its configuration."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def server(self, model: nn.Module, secret: Secret) -> ServerSide:
+        """The server side for a model, which is copied."""
+
+    @abstractmethod
+    def client(self) -> ClientSide:
+        """The client side. It needs the architecture and the messages, nothing else."""

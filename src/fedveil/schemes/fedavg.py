@@ -1,0 +1,116 @@
+"""FedAvg (McMahan et al., 1602.05629): the reference that protects no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from fedveil.aggregation import StreamingMean
+from fedveil.schemes.base import Metrics, Scheme, ServerState
+from fedveil.schemes.client import ProxyClient
+from fedveil.schemes.global_model import GlobalModel
+from fedveil.schemes.ledger import RoundLedger
+from fedveil.schemes.registry import register_scheme
+from fedveil.secret import Secret
+from fedveil.selection import Selection
+from fedveil.state import StateDict
+from fedveil.units import UnitGroup
+from fedveil.updates import UpdateCodec
+from fedveil.wire import Dense, Message
+
+__all__ = ["FedAvg"]
+
+
+@register_scheme
+@dataclass(frozen=True)
+class FedAvg(Scheme):
+    """Every client gets the whole global model in full precision and returns its update.
+
+    In the equal form with updates: ``W += sum_k n_k (W_k - W) / sum_k n_k``, n_k examples.
+
+    Attributes:
+        update_bits: Quantize updates on the way up (2, 3, 4 or 8 bits); None sends float32.
+
+    Does NOT protect: anything of the model. It is here to be compared with.
+    """
+
+    name: ClassVar[str] = "fedavg"
+    update_bits: int | None = None
+
+    @property
+    def codec(self) -> UpdateCodec:
+        """How updates travel."""
+        return UpdateCodec(self.update_bits)
+
+    def __post_init__(self) -> None:
+        _ = self.codec  # checks update_bits
+
+    def server(self, model: nn.Module, secret: Secret) -> FedAvgServer:
+        """See :meth:`Scheme.server`; the secret is not used."""
+        return FedAvgServer(self, model)
+
+    def client(self) -> ProxyClient:
+        """See :meth:`Scheme.client`."""
+        return ProxyClient(self.name, _no_groups, self.codec)
+
+
+class FedAvgServer:
+    """The server side; see :class:`~fedveil.schemes.base.ServerSide`."""
+
+    def __init__(self, scheme: FedAvg, model: nn.Module) -> None:
+        self._scheme, self._global = scheme, GlobalModel(model)
+        self._ledger = RoundLedger[bool](scheme.name)
+        self._everything = Selection((), {}, {})
+        self._mean = self._new_mean()
+
+    def begin_round(self, number: int) -> None:
+        """Open a round."""
+        self._ledger.begin(number)
+        self._mean = self._new_mean()
+
+    def release(self, client: str) -> Message:
+        """The whole model."""
+        self._ledger.record(client, True)
+        sections = {name: Dense(tensor) for name, tensor in self._global.export().items()}
+        return Message("proxy", self._scheme.name, self._ledger.round, client, sections, {})
+
+    def absorb(self, client: str, reply: Message, weight: float) -> None:
+        """Add one update to the sum."""
+        self._ledger.expect(client, reply, weight)
+        shapes = {name: tensor.shape for name, tensor in self._global.floating()}
+        updates = self._scheme.codec.decode_all(reply.sections, shapes)
+        self._ledger.accept(client)
+        self._mean.add(updates, self._everything, weight)
+
+    def end_round(self) -> Metrics:
+        """Add the mean update to the model."""
+        self._ledger.end()
+        norm = self._global.apply(self._mean) if self._mean.clients else 0.0
+        return {"clients": self._mean.clients, "update_norm": norm}
+
+    def final(self) -> StateDict:
+        """The global model."""
+        return self._global.export()
+
+    def views(self) -> Mapping[str, StateDict]:
+        """Global model only: clients hold the same."""
+        return {"global": self._global.export()}
+
+    def state(self) -> ServerState:
+        """Global model and round."""
+        return ServerState(dict(self._global.tensors), {"round": self._ledger.round})
+
+    def restore(self, state: ServerState) -> None:
+        """See :class:`~fedveil.schemes.base.ServerSide`."""
+        self._global.restore(state.tensors)
+        self._ledger.round = int(state.values["round"])
+
+    def _new_mean(self) -> StreamingMean:
+        return StreamingMean({name: t.shape for name, t in self._global.floating()})
+
+
+def _no_groups(model: nn.Module) -> tuple[UnitGroup, ...]:
+    return ()

@@ -1,0 +1,65 @@
+"""The full-precision model on the server, as every scheme that trains all of it holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedveil.aggregation import StreamingMean
+from fedveil.errors import CheckpointError
+from fedveil.state import StateDict, check_trainable, read_state, working_copy
+
+__all__ = ["GlobalModel"]
+
+
+class GlobalModel:
+    """Full-precision weights, changed only by adding mean updates.
+
+    Tied tensors are held once. Integer tensors (counters) are released but never updated.
+
+    Raises:
+        ConfigurationError: If the model holds NaN or infinite weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        state = read_state(model)
+        check_trainable(state)
+        self.tensors: StateDict = working_copy(state)
+        self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
+        self.shapes = {name: tensor.shape for name, tensor in state.items()}
+
+    def floating(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that are trained."""
+        return ((name, t) for name, t in self.tensors.items() if t.is_floating_point())
+
+    def apply(self, mean: StreamingMean) -> float:
+        """Add the mean updates of a round; returns the l2 norm of what was added."""
+        squared = 0.0
+        for name, tensor in self.floating():
+            step = mean.mean(name)
+            if step is not None:
+                tensor += step
+                squared += float(step.square().sum(dtype=torch.float64))
+        return float(squared**0.5)
+
+    def export(self, tensors: Mapping[str, Tensor] | None = None) -> StateDict:
+        """A copy in the owner's dtypes."""
+        tensors = self.tensors if tensors is None else tensors
+        return {name: t.to(self.dtypes[name], copy=True) for name, t in tensors.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of a checkpoint.
+
+        Raises:
+            CheckpointError: If they are not those of this model.
+        """
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if found != self.shapes:
+            odd = sorted(set(found.items()) ^ set(self.shapes.items()))[0][0]
+            raise CheckpointError(
+                "The checkpoint is of another model", where=odd, fix="Resume with the same model."
+            )
+        for name, tensor in tensors.items():
+            self.tensors[name] = tensor.clone()

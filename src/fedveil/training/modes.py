@@ -1,0 +1,65 @@
+"""Borrowing a model or a random generator, and giving it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["evaluation_mode", "only_trainable", "seeded", "training_mode"]
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in training mode inside, each in its former mode after."""
+    with _mode(model, training=True):
+        yield
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in evaluation mode inside, each in its former mode after."""
+    with _mode(model, training=False):
+        yield
+
+
+@contextmanager
+def only_trainable(model: nn.Module, names: set[str]) -> Iterator[list[nn.Parameter]]:
+    """The parameters called `names`; no other gets a gradient inside, and none keeps one after."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    chosen = [parameter for name, parameter in model.named_parameters() if name in names]
+    try:
+        model.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        model.zero_grad(set_to_none=True)
+        yield chosen
+    finally:
+        model.zero_grad(set_to_none=True)
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's generators of the CPU and of `device` start at `seed` inside; the caller's go on."""
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        # torch.manual_seed would also seed devices that fork_rng does not give back.
+        torch.default_generator.manual_seed(seed)
+        for index in cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode

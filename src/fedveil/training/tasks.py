@@ -1,0 +1,201 @@
+"""What a task is: how rows of data become batches, and batches a loss and a score."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedveil.errors import DataError
+
+__all__ = ["Batch", "Dataset", "Measure", "Prepared", "Task"]
+
+Batch = dict[str, Tensor]
+"""Tensors by name; "labels" (int64, shape [B]) is among them."""
+
+
+class Dataset(Protocol):
+    """Rows by number: a datasets.Dataset, a list of dicts, or anything alike."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data set that a task has checked and, if that is slow, encoded once for all rounds.
+
+    Attributes:
+        rows: What the task's `collate` takes, by number.
+        lengths: Length of each row where batches are padded (it is cheaper to evaluate rows of
+            like length together), or None.
+    """
+
+    rows: Sequence[Any] | Dataset
+    lengths: Sequence[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, indices: Sequence[int]) -> list[Any]:
+        """The rows with these numbers, in this order."""
+        return [self.rows[index] for index in indices]
+
+
+class Measure(NamedTuple):
+    """Sums over one batch, from which means over a data set are made."""
+
+    examples: int
+    loss: float
+    correct: int
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a model is trained for. Must be picklable, as clients may run in other processes."""
+
+    @property
+    def name(self) -> str:
+        """A short name, such as "text-classification"."""
+
+    def validate(self, data: Dataset) -> None:
+        """Raise DataError when `data` cannot be used: empty, a column missing, a label wrong."""
+
+    def prepare(self, data: Dataset | Prepared) -> Prepared:
+        """Check `data` and encode it once; what is prepared already is returned as it is."""
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """One batch of prepared rows, on the CPU."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss over the batch, a float32 scalar to differentiate."""
+
+    def measure(self, model: nn.Module, batch: Batch) -> Measure:
+        """How good the model is on the batch, as sums."""
+
+
+class Classification:
+    """What text and image classification share: labels, logits, cross entropy.
+
+    Args:
+        label: The column of class numbers.
+        num_labels: How many classes there are; None to learn it from the model's output, when a
+            label out of range is found only in training.
+    """
+
+    def __init__(self, *, label: str, num_labels: int | None) -> None:
+        self.label = label
+        self.num_labels = num_labels
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Scores per class, shape [B, C]."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross entropy in nats, computed in float32 whatever the weights are."""
+        logits = self._checked_logits(model, batch)
+        return F.cross_entropy(logits, batch["labels"])
+
+    def measure(self, model: nn.Module, batch: Batch) -> Measure:
+        """Summed cross entropy in nats, and how many examples are classified correctly."""
+        logits, labels = self._checked_logits(model, batch), batch["labels"]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(dim=-1) == labels).sum()
+        return Measure(len(labels), float(loss), int(correct))
+
+    def check_labels(self, data: Dataset) -> list[int]:
+        """The labels of all rows; DataError names the first that is no class number."""
+        return [self._check_label(row, value) for row, value in enumerate(column(data, self.label))]
+
+    def _check_label(self, row: int, value: Any) -> int:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            self._refuse_label(row, repr(value), "Use encode_labels() to number named classes.")
+        if number < 0 or (self.num_labels is not None and number >= self.num_labels):
+            self._refuse_label(row, str(number), "Check num_labels, or drop rows without a label.")
+        return number
+
+    def _refuse_label(self, row: int, found: str, fix: str) -> NoReturn:
+        top = "" if self.num_labels is None else f" to {self.num_labels - 1}"
+        raise DataError(
+            f"row {row} has a label that is no class",
+            expected=f"a whole number from 0{top}",
+            found=found,
+            where=f'column "{self.label}"',
+            fix=fix,
+        )
+
+    def _checked_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits = self.logits(model, batch).float()
+        # Checked here too, as num_labels may be unknown, or differ from what the model has.
+        # An out-of-range label would otherwise kill a CUDA process for good.
+        highest = int(batch["labels"].max())
+        if highest >= logits.shape[-1]:
+            raise DataError(
+                "a label is beyond the model's classes",
+                expected=f"0 to {logits.shape[-1] - 1}",
+                found=str(highest),
+                where=f'column "{self.label}"',
+                fix="Give the model more output classes, or correct the labels.",
+            )
+        return logits
+
+
+def column(data: Dataset, name: str) -> Iterator[Any]:
+    """All values of one column, without decoding the others where the data set can do that.
+
+    Raises:
+        DataError: The data set is empty, or a row lacks the column.
+    """
+    if len(data) == 0:
+        raise DataError(
+            "the data set is empty",
+            expected="at least one row",
+            found="0 rows",
+            fix="Leave this client out, or partition with a larger min_size.",
+        )
+    names = getattr(data, "column_names", None)
+    if names is not None and name not in names:
+        raise missing_column(name, names)
+    if names is not None:
+        columns: Any = data
+        return iter(columns[name])
+    return (_cell(data[row], name, row) for row in range(len(data)))
+
+
+def missing_column(name: str, found: Sequence[str], row: int | None = None) -> DataError:
+    """The error for a data set, or one row of it, that lacks a column."""
+    return DataError(
+        f"{'the data set' if row is None else f'row {row}'} has no column {name!r}",
+        expected=repr(name),
+        found=", ".join(repr(other) for other in found) or "no columns",
+        fix="Rename the column, or tell the task which one to use.",
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is; the CPU for a model without parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _cell(row: Any, name: str, number: int) -> Any:
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"row {number} has no named columns",
+            expected=f"a mapping with the key {name!r}",
+            found=type(row).__name__,
+        )
+    if name not in row:
+        raise missing_column(name, [str(key) for key in row], number)
+    return row[name]

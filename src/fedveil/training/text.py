@@ -1,0 +1,125 @@
+"""Text classification with a Hugging Face tokenizer and model, or ones that behave alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedveil.errors import ConfigurationError, DataError
+from fedveil.training.tasks import Batch, Classification, Dataset, Prepared, column
+
+__all__ = ["TextClassification"]
+
+_PAD_ADVICE = "Asking-to-pad-a-fast-tokenizer"
+
+
+class TextClassification(Classification):
+    """Give each text, or pair of texts, one of several classes.
+
+    Texts are tokenised once per data set; a batch is padded to its longest text only.
+
+    Args:
+        tokenizer: Called as tokenizer(texts, [pairs,] truncation=True, max_length=n), and its
+            `pad` method with return_tensors="pt". Every tokenizer of transformers fits.
+        num_labels: How many classes there are; None to learn it from the model's output.
+        text: The column of texts.
+        label: The column of class numbers.
+        max_length: Tokens per text, special ones included; the rest is cut off.
+        text_pair: The column of second texts, for tasks on pairs.
+
+    Raises:
+        ConfigurationError: The tokenizer has no padding token, or a number is impossible.
+    """
+
+    name = "text-classification"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        num_labels: int | None = None,
+        text: str = "text",
+        label: str = "label",
+        max_length: int = 128,
+        text_pair: str | None = None,
+    ) -> None:
+        super().__init__(label=label, num_labels=num_labels)
+        if getattr(tokenizer, "pad_token_id", 0) is None:
+            raise ConfigurationError(
+                "the tokenizer has no padding token, so texts cannot share a batch",
+                where="TextClassification",
+                fix="Set tokenizer.pad_token = tokenizer.eos_token, and the model's "
+                "config.pad_token_id to match.",
+            )
+        if max_length < 1:
+            raise ConfigurationError(
+                "max_length is impossible", expected="at least 1", found=str(max_length)
+            )
+        self.tokenizer = tokenizer
+        self.text, self.text_pair = text, text_pair
+        self.max_length = max_length
+
+    def validate(self, data: Dataset) -> None:
+        """Check that every row has text and a class number.
+
+        Raises:
+            DataError: Naming the row and what is wrong with it.
+        """
+        self._texts(data, self.text)
+        if self.text_pair is not None:
+            self._texts(data, self.text_pair)
+        self.check_labels(data)
+
+    def prepare(self, data: Dataset | Prepared) -> Prepared:
+        """Check and tokenise all rows; each becomes its token lists and "labels"."""
+        if isinstance(data, Prepared):
+            return data
+        texts = [self._texts(data, self.text)]
+        if self.text_pair is not None:
+            texts.append(self._texts(data, self.text_pair))
+        labels = self.check_labels(data)
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        rows = [
+            {**{key: values[row] for key, values in encoded.items()}, "labels": label}
+            for row, label in enumerate(labels)
+        ]
+        return Prepared(rows, lengths=[len(row["input_ids"]) for row in rows])
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """Token tensors padded to the longest row, shape [B, L], and labels, shape [B]."""
+        tokens = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+        batch = dict(self._pad(tokens))
+        batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
+        return batch
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's `logits` for the batch, shape [B, C]."""
+        # The loss is computed here, in float32, not by the model: labels are left out.
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits = model(**inputs).logits
+        assert isinstance(logits, Tensor)
+        return logits
+
+    def _pad(self, tokens: list[dict[str, Any]]) -> Mapping[str, Tensor]:
+        # Padding apart from tokenising is what we want; fast tokenizers advise against it, once.
+        advice = getattr(self.tokenizer, "deprecation_warnings", None)
+        if isinstance(advice, dict):
+            advice.setdefault(_PAD_ADVICE, True)
+        padded: Mapping[str, Tensor] = self.tokenizer.pad(tokens, return_tensors="pt")
+        return padded
+
+    def _texts(self, data: Dataset, name: str) -> list[str]:
+        texts = list(column(data, name))
+        for row, value in enumerate(texts):
+            if not isinstance(value, str):
+                raise DataError(
+                    f"row {row} holds no text",
+                    expected="a string",
+                    found=type(value).__name__,
+                    where=f'column "{name}"',
+                    fix="Drop the row, or convert it to a string.",
+                )
+        return texts

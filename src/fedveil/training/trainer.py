@@ -1,0 +1,190 @@
+"""Local training: what a client does with the proxy it was given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from fedveil.errors import ConfigurationError, TrainingError
+from fedveil.training.batches import Batches, has_batch_norm
+from fedveil.training.modes import only_trainable, seeded, training_mode
+from fedveil.training.settings import Training
+from fedveil.training.tasks import Batch, Dataset, Prepared, Task, device_of, to_device
+
+__all__ = ["Trainer", "TrainingRecord"]
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What one round of local training was.
+
+    Attributes:
+        examples: Distinct examples in the client's data set (not examples seen).
+        steps: Optimizer steps taken.
+        loss_first: Mean loss of the first batch, before any step, in nats.
+        loss_last: Mean loss of the last batch, before the last step, in nats.
+    """
+
+    examples: int
+    steps: int
+    loss_first: float
+    loss_last: float
+
+
+class Trainer:
+    """One client's task, data and settings. Picklable if its task and data are.
+
+    It trains whatever model it is handed and keeps nothing of it: no optimizer state, no weights.
+    It does not bound what the trained model tells about the data; clip and noise the update.
+
+    Args:
+        task: What the model is trained for.
+        data: The client's rows, or what `task.prepare` made of them.
+        training: How to train.
+
+    Raises:
+        DataError: The data cannot be used for the task.
+    """
+
+    def __init__(self, task: Task, data: Dataset | Prepared, training: Training) -> None:
+        self.task, self.training = task, training
+        self._data = task.prepare(data)
+
+    @property
+    def examples(self) -> int:
+        """Distinct examples in the client's data set."""
+        return len(self._data)
+
+    def trainable(self, model: nn.Module) -> set[str]:
+        """Names of the parameters that training changes.
+
+        A parameter is left alone when it does not require gradients, or when any of its names (a
+        tied parameter has several) matches a `frozen` pattern.
+
+        Raises:
+            ConfigurationError: A pattern matches nothing, nothing is left to train, or a parameter
+                to be trained is fp16.
+        """
+        names = list(model.named_parameters(remove_duplicate=False))
+        frozen: set[nn.Parameter] = set()
+        for pattern in self.training.frozen:
+            matching = {p for name, p in names if fnmatchcase(name, pattern)}
+            if not matching:
+                raise _unmatched(pattern, [name for name, _ in names])
+            frozen |= matching
+        chosen = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter not in frozen
+        }
+        _check_trainable(chosen)
+        return set(chosen)
+
+    def train(self, model: nn.Module, *, seed: int) -> TrainingRecord:
+        """Train `model` in place, where it is, for one round.
+
+        The same model, data, settings and seed give the same weights, on the CPU with the same
+        number of threads (CUDA kernels may add in another order). The caller's random generators,
+        the modules' modes and `requires_grad` are afterwards as they were. After an error the
+        model is partly trained: discard it.
+
+        Args:
+            model: The proxy. Weights in bf16 train, but steps smaller than about 1/256 of a
+                weight are lost to rounding: prefer float32 for small learning rates.
+            seed: Decides the order of examples and dropout. It need not be secret.
+
+        Raises:
+            TrainingError: A loss or gradient is not finite, or the model cannot be trained on
+                this little data.
+            ConfigurationError: See `trainable`.
+        """
+        names = self.trainable(model)
+        batches = Batches(
+            self.examples, self.training.batch_size, avoid_single=has_batch_norm(model)
+        )
+        steps = self.training.total_steps(len(batches))
+        device = device_of(model)
+        losses: list[float] = []
+        with (
+            seeded(seed, device),
+            training_mode(model),
+            torch.enable_grad(),
+            only_trainable(model, names) as parameters,
+        ):
+            optimizer = self.training.build_optimizer(parameters)
+            schedule = self.training.build_schedule(optimizer, steps)
+            for indices in islice(batches.endless(seed), steps):
+                batch = to_device(self.task.collate(self._data.select(indices)), device)
+                loss = self._loss(model, batch)
+                losses.append(loss.item())
+                where = f"step {len(losses)} of {steps}"
+                rate = float(schedule.get_last_lr()[0])
+                _check_finite("loss", losses[-1], where, rate)
+                loss.backward()  # type: ignore[no-untyped-call]
+                norm = nn.utils.clip_grad_norm_(parameters, self._max_norm)
+                _check_finite("gradient norm", norm.item(), where, rate)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+        return TrainingRecord(self.examples, steps, losses[0], losses[-1])
+
+    @property
+    def _max_norm(self) -> float:
+        # Without a limit gradients are multiplied by exactly 1; the norm is still looked at.
+        limit = self.training.max_grad_norm
+        return math.inf if limit is None else limit
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        try:
+            return self.task.loss(model, batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TrainingError(
+                "BatchNorm cannot be trained on a batch of one example",
+                expected="at least 2 examples per batch",
+                found=f"{self.examples} in the data set, batch_size={self.training.batch_size}",
+                fix="Leave this client out, or raise batch_size.",
+            ) from error
+
+
+def _check_finite(what: str, value: float, where: str, rate: float) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the {what} is not finite",
+            found=f"{value} at learning rate {rate:.3g}",
+            where=where,
+            fix="Lower the learning rate, or set max_grad_norm.",
+        )
+
+
+def _check_trainable(chosen: dict[str, nn.Parameter]) -> None:
+    if not chosen:
+        raise ConfigurationError(
+            "nothing is left to train",
+            expected="a parameter that requires gradients and that no pattern freezes",
+            where="Training.frozen",
+        )
+    half = [name for name, parameter in chosen.items() if parameter.dtype == torch.float16]
+    if half:
+        raise ConfigurationError(
+            "fp16 weights cannot be trained: their gradients underflow",
+            expected="float32 or bfloat16",
+            found=f"float16 in {len(half)} of {len(chosen)} tensors",
+            where=half[0],
+            fix="Call model.float() or model.bfloat16() first.",
+        )
+
+
+def _unmatched(pattern: str, names: list[str]) -> ConfigurationError:
+    return ConfigurationError(
+        "a frozen pattern matches no parameter",
+        expected=f"a pattern for names such as {', '.join(names[:3])}",
+        found=repr(pattern),
+        where="Training.frozen",
+    )

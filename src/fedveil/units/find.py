@@ -1,0 +1,107 @@
+"""The way in: which units a model has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from fedveil.errors import ConfigurationError, UnknownArchitectureError
+from fedveil.units.check import validate
+from fedveil.units.group import UnitGroup
+from fedveil.units.match import Anatomy, apply_rule
+from fedveil.units.plain import plain_groups
+from fedveil.units.registry import rule_for
+from fedveil.units.rule import Rule
+from fedveil.units.unknown import unknown_architecture
+
+CHOICES = {
+    "columns": ("columns",),
+    "neurons": ("neurons", "heads", "channels"),
+    "mlp": ("neurons", "channels"),
+}
+
+
+def find_units(
+    model: nn.Module, choice: str = "neurons", *, rule: Rule | None = None
+) -> tuple[UnitGroup, ...]:
+    """Find the units of a model.
+
+    A rule is looked up by `config.model_type` and by class name, in the model and in the modules
+    below it, so a model may be wrapped in another. A model without any config or rule is taken for
+    a plain net and traced.
+
+    What hiding these units does NOT protect: classification and LM heads, embeddings under the
+    choices "neurons" and "mlp", embeddings tied to an LM head under "columns", layer norms of the
+    residual stream, and whatever `fedveil.units.plain` and docs/units.md call not cut. Under
+    "columns", the weights that read a hidden column are released too.
+
+    Args:
+        model: on any device, of any floating dtype; not changed.
+        choice: "columns" cuts output columns of the embedding, the attention output and the MLP
+            output, as FedQSN does (arXiv 2508.18911); "neurons" cuts MLP neurons, attention heads
+            and channels together with the weights that read them; "mlp" is "neurons" without
+            attention heads.
+        rule: a rule to use for this model, instead of the registered ones.
+
+    Returns:
+        At least one group, in the order of the model's state_dict; disjoint, with unique names.
+
+    Raises:
+        ConfigurationError: the choice is unknown, or a rule does not fit the model.
+        UnknownArchitectureError: no rule serves the model, or none of its layers can be cut.
+    """
+    if choice not in CHOICES:
+        raise ConfigurationError(
+            "an unknown choice of units", expected=" or ".join(CHOICES), found=repr(choice)
+        )
+    anatomy = Anatomy.of(model)
+    groups: list[UnitGroup] = []
+    served = [("", model, rule)] if rule is not None else list(_served(model))
+    for scope, module, known in served:
+        config = getattr(module, "config", module)
+        groups += apply_rule(known, anatomy, CHOICES[choice], config, scope)
+    if not served:
+        groups = _trace(model, anatomy, choice)
+    if not groups:
+        raise unknown_architecture(
+            model, _label(model), f"no layer of this model can be cut into {choice}"
+        )
+    order = {tensor: number for number, tensor in enumerate(anatomy.state)}
+    groups.sort(key=lambda group: order[group.slices[0].tensor])
+    validate(groups, anatomy.state)
+    return tuple(groups)
+
+
+def _served(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, Rule]]:
+    """The outermost modules that a rule serves, with their names."""
+    rule = rule_for({_label(model), type(model).__name__})
+    if rule is not None:
+        yield name, model, rule
+    elif _model_type(model):
+        raise unknown_architecture(model, _label(model), "no rule serves this model type")
+    else:
+        for child, module in model.named_children():
+            yield from _served(module, f"{name}.{child}" if name else child)
+
+
+def _model_type(model: nn.Module) -> str:
+    value = getattr(getattr(model, "config", None), "model_type", "")
+    return value if isinstance(value, str) else ""
+
+
+def _label(model: nn.Module) -> str:
+    return _model_type(model) or type(model).__name__
+
+
+def _trace(model: nn.Module, anatomy: Anatomy, choice: str) -> list[UnitGroup]:
+    try:
+        return plain_groups(model, anatomy, columns=choice == "columns")
+    except Exception as error:
+        # Tracing runs the model's own forward: it may raise anything.
+        raise _cannot_trace(model, error) from error
+
+
+def _cannot_trace(model: nn.Module, error: Exception) -> UnknownArchitectureError:
+    problem = f"this model is neither known nor traceable ({type(error).__name__}: {error})"
+    return unknown_architecture(model, _label(model), problem)

@@ -1,0 +1,166 @@
+"""From a rule and a model to unit groups."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from fedveil.errors import ConfigurationError
+from fedveil.units.group import Slice, UnitGroup
+from fedveil.units.layers import input_slice, output_axis, output_slices, unit_width
+from fedveil.units.rule import Pattern, Rule
+from fedveil.units.ties import copies, tied_names
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model by names: its modules, its tensors, and which names lead to the same tensor."""
+
+    modules: dict[str, nn.Module]
+    state: dict[str, Tensor]
+    ties: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Anatomy:
+        """Read a model; its values are neither copied nor changed."""
+        state = dict(model.state_dict(keep_vars=True))
+        return cls(dict(model.named_modules(remove_duplicate=False)), state, tied_names(state))
+
+    def has(self, name: str) -> bool:
+        """Whether a module or a tensor has this name."""
+        return name in self.modules or name in self.state
+
+    def owner(self, tensor: str) -> nn.Module | None:
+        """The module that holds a tensor."""
+        return self.modules.get(tensor.rpartition(".")[0])
+
+
+def apply_rule(
+    rule: Rule, anatomy: Anatomy, kinds: Collection[str], config: object, scope: str = ""
+) -> list[UnitGroup]:
+    """The groups of a rule's patterns of some kinds, in the order of the patterns.
+
+    Args:
+        rule: which layers make up the units.
+        anatomy: the whole model.
+        kinds: the kinds of patterns to use.
+        config: where patterns look up their number of units.
+        scope: the name of the module that the rule speaks of; "" is the whole model.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, a block lacks a layer, or an axis does not
+            fall into units.
+    """
+    groups: list[UnitGroup] = []
+    for pattern in rule.patterns:
+        if pattern.kind in kinds:
+            blocks = _blocks(pattern, anatomy, scope)
+            if not blocks and not pattern.optional:
+                raise _matches_nothing(pattern, rule)
+            found = (_group(pattern, block, anatomy, config) for block in blocks)
+            groups += (group for group in found if group is not None)
+    return groups
+
+
+def _blocks(pattern: Pattern, anatomy: Anatomy, scope: str) -> list[str]:
+    """The names of the modules that hold the pattern's first output; shared modules once only."""
+    blocks: dict[int, str] = {}
+    for name, module in anatomy.modules.items():
+        inside = not scope or name == scope or name.startswith(f"{scope}.")
+        if inside and pattern.matches(name) and anatomy.has(_join(name, pattern.outputs[0])):
+            blocks.setdefault(id(module), name)
+    return list(blocks.values())
+
+
+def _group(pattern: Pattern, block: str, anatomy: Anatomy, config: object) -> UnitGroup | None:
+    """One block's group, or None if it cannot be cut without cutting a head tied to it."""
+    outputs = [_present(_join(block, name), anatomy) for name in pattern.outputs]
+    inputs = [_present(_join(block, name), anatomy) for name in pattern.inputs]
+    size = _size(pattern, outputs[0], anatomy, config)
+    modules, state = anatomy.modules, anatomy.state
+    cuts = [output_slices(name, modules.get(name), state, size, pattern.fused) for name in outputs]
+    if pattern.kind == "columns":
+        cuts = _scale(cuts, anatomy)
+    slices = [cut for layer in cuts for cut in layer]
+    slices += (input_slice(name, modules.get(name), state, size) for name in inputs)
+    everywhere = _under_all_names(slices, anatomy)
+    if everywhere is None:
+        return None
+    return UnitGroup(_join(block, pattern.ending()), pattern.kind, size, everywhere)
+
+
+def _scale(cuts: list[tuple[Slice, ...]], anatomy: Anatomy) -> list[tuple[Slice, ...]]:
+    """Mark where columns are scaled: a norm that comes last, else all outputs, which are summed.
+
+    A norm undoes any scale in front of it, so only its own weight and bias scale what leaves it.
+    """
+    ends_in_norm = len(cuts) > 1 and anatomy.state[cuts[-1][0].tensor].dim() == 1
+    first = len(cuts) - 1 if ends_in_norm else 0
+    scaled = [tuple(replace(cut, scaled=True) for cut in layer) for layer in cuts[first:]]
+    return cuts[:first] + scaled
+
+
+def _under_all_names(slices: list[Slice], anatomy: Anatomy) -> tuple[Slice, ...] | None:
+    """Add every slice under the other names of its tensor, or None if one must not be cut.
+
+    Only the same module under another name and another embedding play the same part. Any other
+    tie, above all that of a token embedding to an LM head, would cut something else along with it.
+    """
+    result: dict[tuple[str, int, int], Slice] = {}
+    for cut in slices:
+        mine = anatomy.owner(cut.tensor)
+        names = anatomy.ties[cut.tensor]
+        if isinstance(mine, nn.Embedding):
+            names += copies(cut.tensor, anatomy.state)
+        for name in dict.fromkeys((cut.tensor, *names)):
+            other = anatomy.owner(name)
+            embeddings = isinstance(mine, nn.Embedding) and isinstance(other, nn.Embedding)
+            if other is not mine and not embeddings:
+                return None
+            result.setdefault((name, cut.axis, cut.offset), replace(cut, tensor=name))
+    return tuple(result.values())
+
+
+def _size(pattern: Pattern, first: str, anatomy: Anatomy, config: object) -> int:
+    units = pattern.units
+    if isinstance(units, str):
+        units = getattr(config, units, None)
+        if not isinstance(units, int):
+            raise ConfigurationError(
+                "the number of units is not in the model's config",
+                expected=f"an integer {pattern.units!r}",
+                found=repr(units),
+                where=first,
+            )
+    if units is not None:
+        return units
+    module = anatomy.modules.get(first)
+    weight = anatomy.state.get(f"{first}.weight", anatomy.state.get(first))
+    axis = output_axis(module) if module is not None else -1
+    if weight is None or axis is None:
+        # Not a layer whose layout is known: output_slices says so by name.
+        return 1
+    return unit_width(first, weight, axis % weight.dim(), pattern.fused)
+
+
+def _present(name: str, anatomy: Anatomy) -> str:
+    if not anatomy.has(name):
+        raise ConfigurationError(
+            "a block lacks a layer that its rule names", expected=f"a layer {name!r}", where=name
+        )
+    return name
+
+
+def _matches_nothing(pattern: Pattern, rule: Rule) -> ConfigurationError:
+    return ConfigurationError(
+        f"no block of the model matches a pattern of kind {pattern.kind!r}",
+        expected=f"{_join(pattern.block, pattern.outputs[0])!r} under any prefix",
+        where=f"the rule for {', '.join(rule.model_types)}",
+        fix="Correct the names in the rule, or give the pattern optional=True.",
+    )
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

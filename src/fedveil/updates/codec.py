@@ -1,0 +1,109 @@
+"""An update as a section of a message, exact or quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedveil.errors import ConfigurationError, ProtocolError
+from fedveil.quantization import QuantizedTensor, quantize
+from fedveil.wire import Dense, Section
+
+__all__ = ["SMALL", "UpdateCodec", "check_bits"]
+
+# Quantizing a tensor this small saves nothing worth its error: biases, norms, a few class logits.
+SMALL = 4096
+# No trained weight moves this far in a round; beyond it sums could overflow float32.
+LARGEST = 1e6
+
+
+@dataclass(frozen=True)
+class UpdateCodec:
+    """Encodes updates, and decodes and checks them; both directions in one place.
+
+    Attributes:
+        bits: Bits per parameter of a quantized update (2, 3, 4 or 8), or None for exact float32.
+        block: Values per quantization block.
+
+    Does NOT protect: a quantized update tells the server almost as much of the client's data as an
+    exact one.
+    """
+
+    bits: int | None = None
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, "update bits")
+
+    def encode(self, update: Tensor, axis: int = 0) -> Section:
+        """One tensor's update, with ``axis`` the axis along which its units are cut."""
+        if self.bits is None or update.dim() < 2 or update.numel() < SMALL:
+            return Dense(update)
+        return quantize(update, bits=self.bits, axis=axis, block=self.block)
+
+    def decode_all(
+        self, sections: Mapping[str, Section], shapes: Mapping[str, torch.Size]
+    ) -> dict[str, Tensor]:
+        """Decode and check a whole reply before any of it is used.
+
+        Raises:
+            ProtocolError: If a section is for a tensor that was not sent, or is no fit update.
+        """
+        for name in sections:
+            if name not in shapes:
+                raise ProtocolError(
+                    "An update is for a tensor that was not sent",
+                    where=name,
+                    fix="A client returns an update for what it was sent, and nothing else.",
+                )
+        return {name: self.decode(name, part, shapes[name]) for name, part in sections.items()}
+
+    def decode(self, name: str, section: Section, shape: torch.Size) -> Tensor:
+        """The update in a section, checked: floating point, of the released shape, finite.
+
+        Raises:
+            ProtocolError: If it is not; nothing else has happened by then.
+        """
+        if isinstance(section, QuantizedTensor):
+            found = tuple(section.shape)
+        elif isinstance(section, Dense) and section.tensor.is_floating_point():
+            found = tuple(section.tensor.shape)
+        else:
+            kind = type(section).__name__
+            raise ProtocolError(
+                "An update has the wrong type", expected="floating point", found=kind, where=name
+            )
+        if found != tuple(shape):
+            raise ProtocolError(
+                "An update has the wrong shape",
+                expected=str(list(shape)),
+                found=str(list(found)),
+                where=name,
+                fix="A client returns an update for the units that it was sent, and no others.",
+            )
+        update = section.dequantize() if isinstance(section, QuantizedTensor) else section.tensor
+        if not bool((update.abs() <= LARGEST).all()):  # false for NaN too
+            raise ProtocolError(
+                "An update holds NaN, infinite or absurdly large values",
+                expected=f"finite numbers up to {LARGEST:g}",
+                where=name,
+                fix="Lower the client's learning rate; nothing of this reply was used.",
+            )
+        return update
+
+
+def check_bits(bits: int | None, name: str) -> None:
+    """Refuse a bit width that no codebook has.
+
+    Raises:
+        ConfigurationError: If ``bits`` is neither None nor 2, 3, 4 or 8.
+    """
+    if bits is not None and (isinstance(bits, bool) or bits not in (2, 3, 4, 8)):
+        raise ConfigurationError(
+            f"The setting {name!r} is impossible",
+            expected="2, 3, 4 or 8, or None for no quantization",
+            found=repr(bits),
+        )

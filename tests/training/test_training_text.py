@@ -1,0 +1,186 @@
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from training_samples import same, state, texts
+
+from fedveil.errors import ConfigurationError, DataError
+from fedveil.training import Task, TextClassification, Trainer, Training, evaluate
+
+
+@pytest.fixture
+def task(tokenizer):
+    return TextClassification(tokenizer, num_labels=2)
+
+
+def test_bert_learns(bert, task):
+    trainer = Trainer(task, texts(80), Training(epochs=6, batch_size=8, learning_rate=1e-2))
+    before = evaluate(bert, task, texts(30, seed=1))
+    record = trainer.train(bert, seed=0)
+    after = evaluate(bert, task, texts(30, seed=1))
+    assert record.loss_last < 0.5 * record.loss_first
+    assert after["loss"] < before["loss"]
+    assert after["accuracy"] > 90
+
+
+def test_it_is_a_task(task):
+    assert isinstance(task, Task)
+
+
+def test_batches_are_padded_to_their_longest_text(task):
+    prepared = task.prepare([
+        {"text": "good film", "label": 1},
+        {"text": "bad", "label": 0},
+        {"text": "a " * 20, "label": 0},
+    ])  # fmt: skip
+    assert prepared.lengths == [4, 3, 22]
+    batch = task.collate(prepared.select([0, 1]))
+    assert batch["input_ids"].shape == (2, 4)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert task.prepare(prepared) is prepared
+
+
+def test_padding_is_done_as_the_tokenizer_would(task, tokenizer):
+    rows = texts(7)
+    batch = task.collate(task.prepare(rows).rows)
+    labels = batch.pop("labels")
+    expected = tokenizer(
+        [row["text"] for row in rows],
+        padding=True,
+        truncation=True,
+        max_length=128,
+        return_tensors="pt",
+    )
+    assert labels.tolist() == [row["label"] for row in rows]
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[key], expected[key]) for key in batch)
+
+
+def test_long_texts_are_cut(tokenizer):
+    task = TextClassification(tokenizer, max_length=6)
+    assert task.prepare([{"text": "a " * 20, "label": 0}]).lengths == [6]
+
+
+def test_pairs_of_texts(tokenizer):
+    task = TextClassification(tokenizer, text="question", text_pair="answer")
+    rows = [{"question": "good film", "answer": "a bad plot", "label": 0}]
+    batch = task.collate(task.prepare(rows).rows)
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
+    with pytest.raises(DataError, match="answer"):
+        task.validate([{"question": "good", "label": 0}])
+
+
+def test_texts_are_tokenised_once(bert, tokenizer):
+    class Counting:
+        calls = 0
+        pad = staticmethod(tokenizer.pad)
+
+        def __call__(self, *arguments, **options):
+            self.calls += 1
+            return tokenizer(*arguments, **options)
+
+    counting = Counting()
+    trainer = Trainer(TextClassification(counting), texts(6), Training(batch_size=2))
+    for seed in range(3):
+        trainer.train(bert, seed=seed)
+    assert counting.calls == 1
+
+
+def test_one_example(bert, task):
+    record = Trainer(task, texts(1), Training(epochs=2)).train(bert, seed=0)
+    assert (record.examples, record.steps) == (1, 2)
+
+
+def test_the_trainer_survives_pickling(bert, task):
+    trainer = Trainer(task, texts(8), Training(batch_size=4, learning_rate=1e-3))
+    start = state(bert)
+    record = trainer.train(bert, seed=1)
+    first = state(bert)
+    bert.load_state_dict(start)
+    assert pickle.loads(pickle.dumps(trainer)).train(bert, seed=1) == record
+    assert same(state(bert), first)
+
+
+def test_evaluation_is_deterministic_and_leaves_no_trace(bert, task):
+    bert.train()
+    bert.bert.embeddings.eval()
+    rows, before = texts(11), torch.get_rng_state()
+    results = [evaluate(bert, task, rows, batch_size=size) for size in (3, 3, 64)]
+    assert results[0] == results[1]
+    assert results[0]["accuracy"] == results[2]["accuracy"]
+    assert results[0]["loss"] == pytest.approx(results[2]["loss"], rel=1e-5)
+    assert results[0] == evaluate(bert, task, task.prepare(rows), batch_size=3)
+    assert bert.training
+    assert not bert.bert.embeddings.training
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ConfigurationError, match="batch_size"):
+        evaluate(bert, task, rows, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "empty"),
+        ([{"text": "a", "label": 0}, {"text": "a", "label": 2}], r"row 1 .* 0 to 1, found 2"),
+        ([{"text": "a", "label": -1}], r"row 0 .* found -1"),
+        ([{"text": "a", "label": "pos"}], r"row 0 .* found 'pos'.*encode_labels"),
+        ([{"text": "a", "label": None}], "found None"),
+        ([{"text": "a", "label": 1.0}], r"found 1\.0"),
+        ([{"text": 3, "label": 0}], r"row 0 holds no text.*found int"),
+        ([{"text": None, "label": 0}], "found NoneType"),
+        ([{"sentence": "a", "label": 0}], "no column 'text'.*'sentence', 'label'"),
+        ([{"text": "a"}], "no column 'label'"),
+        (["a"], "no named columns"),
+    ],
+)
+def test_unusable_data(task, rows, message):
+    with pytest.raises(DataError, match=message):
+        task.validate(rows)
+    with pytest.raises(DataError, match=message):
+        task.prepare(rows)
+
+
+def test_columns_of_a_hugging_face_data_set(task):
+    datasets = pytest.importorskip("datasets")
+    rows = texts(5)
+    data = datasets.Dataset.from_list(rows)
+    assert task.prepare(data) == task.prepare(rows)
+    assert task.prepare(data.with_format("torch")).rows == task.prepare(rows).rows
+    with pytest.raises(DataError, match=r"no column 'text'.*'words', 'label'"):
+        task.validate(data.rename_column("text", "words"))
+
+
+def test_a_label_beyond_the_model_is_found_when_the_task_does_not_know(bert, tokenizer):
+    task = TextClassification(tokenizer)
+    rows = [{"text": "good", "label": 2}]
+    with pytest.raises(DataError, match="0 to 1, found 2"):
+        Trainer(task, rows, Training()).train(bert, seed=0)
+    with pytest.raises(DataError, match="0 to 1, found 2"):
+        evaluate(bert, task, rows)
+
+
+def test_a_tokenizer_without_padding_is_refused(tokenizer):
+    class NoPad:
+        pad_token_id = None
+
+    with pytest.raises(ConfigurationError, match="padding"):
+        TextClassification(NoPad())
+    with pytest.raises(ConfigurationError, match="max_length"):
+        TextClassification(tokenizer, max_length=0)
+
+
+def test_bf16_loss_is_float32(bert, task):
+    bert.bfloat16().train()
+    loss = task.loss(bert, task.collate(task.prepare(texts(4)).rows))
+    assert loss.dtype == torch.float32
+
+
+def test_the_room_needs_no_transformers():
+    code = (
+        "import fedveil.training, sys;"
+        "assert not {'transformers', 'datasets', 'flwr'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,241 @@
+import math
+import pickle
+from itertools import chain, islice
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from training_samples import images, perceptron, same, state
+
+from fedveil.errors import ConfigurationError, DataError, FedveilError, TrainingError
+from fedveil.training import ImageClassification, Trainer, Training, TrainingRecord
+from fedveil.training.batches import Batches
+
+TASK = ImageClassification(num_labels=3)
+FAST = Training(epochs=3, batch_size=4, learning_rate=0.05)
+
+
+def trained(model, *, rows=None, training=FAST, seed=1):
+    record = Trainer(TASK, rows or images(18), training).train(model, seed=seed)
+    return model, record
+
+
+def test_it_learns():
+    _, record = trained(
+        perceptron(), training=Training(epochs=10, batch_size=4, learning_rate=0.05)
+    )
+    assert record.loss_last < 0.3 * record.loss_first
+    assert (record.examples, record.steps) == (18, 50)
+
+
+def test_same_seed_same_bytes():
+    first, record = trained(perceptron(dropout=0.3))
+    second, again = trained(perceptron(dropout=0.3))
+    assert same(state(first), state(second))
+    assert record == again
+
+
+def test_another_seed_differs():
+    first, _ = trained(perceptron())
+    second, _ = trained(perceptron(), seed=2)
+    assert not same(state(first), state(second))
+
+
+def test_dropout_depends_on_the_seed_only():
+    # One batch of everything: the order cannot matter, dropout can.
+    whole = Training(steps=1, batch_size=18, learning_rate=0.05)
+    torch.manual_seed(5)
+    first, _ = trained(perceptron(dropout=0.5), training=whole)
+    torch.manual_seed(6)
+    second, _ = trained(perceptron(dropout=0.5), training=whole)
+    third, _ = trained(perceptron(dropout=0.5), training=whole, seed=9)
+    assert same(state(first), state(second))
+    assert not same(state(first), state(third))
+
+
+def test_the_callers_generator_is_undisturbed():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    trained(perceptron(dropout=0.5))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_modes_and_flags_are_given_back():
+    model = perceptron(norm=True)
+    model.train()
+    model.norm.eval()
+    model.hidden.bias.requires_grad_(False)
+    with torch.no_grad():
+        trained(model)
+    assert model.training
+    assert model.hidden.training
+    assert not model.norm.training
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["hidden.bias"]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_modes_and_flags_are_given_back_after_an_error():
+    model = perceptron().eval()
+    before = torch.get_rng_state()
+    training = Training(steps=20, learning_rate=1e30, optimizer="sgd", max_grad_norm=None)
+    with pytest.raises(TrainingError, match=r"not finite.*step \d+ of 20.*learning rate"):
+        Trainer(TASK, images(18), training).train(model, seed=0)
+    assert not model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_gradient_that_is_not_finite_is_found_although_the_loss_is():
+    model = perceptron()
+    model.out.bias.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(TrainingError, match="gradient norm"):
+        trained(model, training=Training(steps=1, max_grad_norm=None))
+
+
+def test_one_sgd_step_by_hand():
+    rows = images(6)
+    model = perceptron()
+    start = state(model)
+    training = Training(
+        steps=1, batch_size=6, learning_rate=0.1, optimizer="sgd", weight_decay=0.0,
+        max_grad_norm=None,
+    )  # fmt: skip
+    _, record = trained(model, rows=rows, training=training)
+
+    x = torch.stack([row["image"] for row in rows]).double().flatten(1)
+    y = F.one_hot(torch.tensor([row["label"] for row in rows]), 3).double()
+    w1, b1 = start["hidden.weight"].double(), start["hidden.bias"].double()
+    w2, b2 = start["out.weight"].double(), start["out.bias"].double()
+    before = x @ w1.T + b1
+    hidden = before.clamp(min=0)
+    p = (hidden @ w2.T + b2).softmax(dim=1)
+    error = (p - y) / 6
+    below = (error @ w2) * (before > 0)
+    expected = {
+        "hidden.weight": w1 - 0.1 * below.T @ x,
+        "hidden.bias": b1 - 0.1 * below.sum(0),
+        "out.weight": w2 - 0.1 * error.T @ hidden,
+        "out.bias": b2 - 0.1 * error.sum(0),
+    }
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state(model)[name].double(), tensor, atol=1e-6, rtol=1e-5)
+    loss = float(-(p.log() * y).sum(1).mean())
+    assert record == TrainingRecord(6, 1, pytest.approx(loss), pytest.approx(loss))
+
+
+def test_gradients_are_clipped_to_the_limit():
+    model = perceptron()
+    start = state(model)
+    training = Training(
+        steps=1, learning_rate=1.0, optimizer="sgd", weight_decay=0.0, max_grad_norm=0.01
+    )
+    trained(model, training=training)
+    moved = torch.cat([(state(model)[k] - start[k]).flatten() for k in start])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_frozen_parameters_do_not_change():
+    model = perceptron()
+    start = state(model)
+    trainer = Trainer(TASK, images(9), Training(learning_rate=0.1, frozen=("hidden.*", "*.bias")))
+    assert trainer.trainable(model) == {"out.weight"}
+    trainer.train(model, seed=0)
+    changed = {k for k, v in state(model).items() if not torch.equal(v, start[k])}
+    assert changed == {"out.weight"}
+
+
+def test_a_tied_parameter_is_frozen_by_any_of_its_names():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+
+    trainer = Trainer(TASK, images(3), Training(frozen=("second.weight",)))
+    assert trainer.trainable(Tied()) == {"first.bias", "second.bias"}
+
+
+@pytest.mark.parametrize("frozen", [("nothing.*",), ("*",), ("HIDDEN.*",)])
+def test_impossible_frozen_patterns(frozen):
+    with pytest.raises(ConfigurationError, match=r"Training\.frozen"):
+        Trainer(TASK, images(3), Training(frozen=frozen)).trainable(perceptron())
+
+
+def test_steps_beyond_an_epoch_reshuffle():
+    batches = Batches(5, 2)
+    drawn = list(islice(batches.endless(0), 6))
+    assert len(batches) == 3
+    assert [len(batch) for batch in drawn] == [2, 2, 1] * 2
+    first, second = list(chain(*drawn[:3])), list(chain(*drawn[3:]))
+    assert sorted(first) == sorted(second) == list(range(5))
+    assert first != second
+    assert trained(perceptron(), training=Training(steps=17, batch_size=4))[1].steps == 17
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.booleans())
+def test_batches_of_a_pass(size, batch_size, avoid_single):
+    batches = Batches(size, batch_size, avoid_single=avoid_single)
+    drawn = list(islice(batches.endless(0), len(batches)))
+    rows = list(chain(*drawn))
+    lost = size - len(rows)
+    assert len(set(rows)) == len(rows)
+    assert lost == int(avoid_single and size % batch_size == 1 and size > batch_size > 1)
+    assert all(drawn)
+    assert all(len(batch) <= batch_size for batch in drawn)
+
+
+def test_batch_norm_survives_a_last_batch_of_one():
+    model, record = trained(
+        perceptron(norm=True), rows=images(9), training=Training(epochs=2, batch_size=4)
+    )
+    assert record.steps == 4
+    assert all(torch.isfinite(tensor).all() for tensor in state(model).values())
+
+
+@pytest.mark.parametrize("options", [{"rows": images(1)}, {"training": Training(batch_size=1)}])
+def test_batch_norm_on_single_examples_is_explained(options):
+    with pytest.raises(TrainingError, match="batch of one example"):
+        trained(perceptron(norm=True), **options)
+
+
+def test_one_example_is_enough_without_batch_norm():
+    _, record = trained(perceptron(), rows=images(1))
+    assert (record.examples, record.steps) == (1, 3)
+
+
+def test_bf16_weights_train():
+    model = perceptron().bfloat16()
+    _, record = trained(model, training=Training(epochs=10, batch_size=4, learning_rate=0.05))
+    assert record.loss_last < 0.5 * record.loss_first
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+def test_fp16_weights_are_refused():
+    with pytest.raises(ConfigurationError, match=r"fp16.*hidden\.weight.*bfloat16"):
+        trained(perceptron().half())
+
+
+def test_a_trainer_survives_pickling():
+    trainer = Trainer(TASK, images(10), FAST)
+    first, second = perceptron(dropout=0.2), perceptron(dropout=0.2)
+    again = pickle.loads(pickle.dumps(trainer))
+    assert trainer.train(first, seed=4) == again.train(second, seed=4)
+    assert same(state(first), state(second))
+
+
+def test_unusable_data_is_refused_before_training():
+    with pytest.raises(DataError, match="empty"):
+        Trainer(TASK, [], FAST)
+
+
+def test_other_value_errors_pass_unchanged():
+    class Broken(nn.Linear):
+        def forward(self, images):
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match=r"^mine$") as caught:
+        trained(Broken(2, 2))
+    assert not isinstance(caught.value, FedveilError)
