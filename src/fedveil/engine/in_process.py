@@ -18,7 +18,7 @@ from torch import nn
 from fedveil.engine.checkpoint import Checkpoint, CheckpointFolder
 from fedveil.engine.observer import Observer
 from fedveil.engine.records import RoundRecord
-from fedveil.engine.workers import Answer, Crew, Job, Workplace, crew
+from fedveil.engine.workers import Answer, Crew, Job, Workplace, crew, threads
 from fedveil.errors import CheckpointError, ConfigurationError, FedveilError, ProtocolError
 from fedveil.schemes import ServerSide
 from fedveil.state import load_state
@@ -33,9 +33,9 @@ class Evaluation:
     """What is measured on the owner's test set, and how often.
 
     Attributes:
-        every: Measure global and server model every so many rounds; 0 only after the last.
-        proxies_every: The same for the clients' proxies, as received and as trained, which costs
-            two evaluations per client.
+        every: Measure the global model every so many rounds; 0 only after the last.
+        proxies_every: The same for the server model and for the clients' proxies, as received and
+            as trained, which costs two evaluations per client.
         proxies: Measure at most this many of a round's clients; None measures all.
     """
 
@@ -109,7 +109,9 @@ class InProcess:
         """What a model reaches on the owner's test set, or None without one."""
         if self.place.test is None:
             return None
-        return evaluate(model, self.place.task, self.place.test)
+        # The workers are idle meanwhile: their cores are free.
+        with threads(self.workers):
+            return evaluate(model, self.place.task, self.place.test)
 
     def _round(self, number: int, rounds: int, clients: Crew) -> RoundRecord:
         started = time.perf_counter()
@@ -164,12 +166,15 @@ class InProcess:
         return None
 
     def _measure(self, number: int, rounds: int) -> dict[str, dict[str, float]]:
-        if self.place.test is None or not _is_due(self.evaluation.every, number, rounds):
+        """Measure the views that are due: each costs one evaluation."""
+        if self.place.test is None:
             return {}
         measures = {}
         for view, tensors in self.server.views().items():
-            load_state(self.model, tensors)
-            measures[view] = evaluate(self.model, self.place.task, self.place.test)
+            every = self.evaluation.every if view == "global" else self.evaluation.proxies_every
+            if _is_due(every, number, rounds):
+                load_state(self.model, tensors)
+                measures[view] = self.measure_model(self.model) or {}
         return measures
 
     def _seed(self, number: int, client: str) -> int:

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.context import BaseContext
 from typing import Protocol
 
 import torch
@@ -23,7 +24,7 @@ from fedveil.schemes import ClientSide
 from fedveil.training import Prepared, Task, Trainer, evaluate
 from fedveil.wire import Message
 
-__all__ = ["Answer", "Crew", "Job", "Workplace", "crew", "single_thread"]
+__all__ = ["Answer", "Crew", "Job", "Workplace", "crew", "threads"]
 
 Measures = dict[str, float]
 
@@ -115,7 +116,7 @@ class InTurn:
     def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:
         """See :class:`Crew`."""
         for job in jobs:
-            with single_thread():
+            with threads(1):
                 answer = work(self.place, job)
             yield answer
 
@@ -148,7 +149,7 @@ class Pool:
     def _start(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
             self._workers,
-            mp_context=multiprocessing.get_context("spawn"),
+            mp_context=_process_context(self._place),
             initializer=_settle_in,
             initargs=(self._place,),
         )
@@ -200,14 +201,28 @@ def crew(place: Workplace, workers: int) -> Iterator[Crew]:
 
 
 @contextmanager
-def single_thread() -> Iterator[None]:
-    """Compute on one thread: the same sums in the same order, however many workers there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int) -> Iterator[None]:
+    """Compute on ``count`` threads. Clients train on one each: the same sums in the same order,
+    however many workers there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def _process_context(place: Workplace) -> BaseContext:
+    """Processes that inherit nothing of the server's memory, started as fast as the system can.
+
+    A fork server imports the libraries once, before any thread exists, and forks from there.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    modules = {type(place.architecture).__module__, type(place.task).__module__, __name__}
+    context.set_forkserver_preload(sorted(modules))
+    return context
 
 
 _place: Workplace | None = None

@@ -1,0 +1,213 @@
+"""The demo: an owner's text classifier, ten clients' private documents, three schemes side by side.
+
+Everything is real and installs from packages: MiniLM-L6 (22.7 million parameters) and BBC News.
+The same numbers come out every time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fedveil.data import bbc_news, minilm_folder, partition
+from fedveil.engine import Evaluation
+from fedveil.engine.workers import threads
+from fedveil.federation import Federation, Result
+from fedveil.report import ConsoleProgress, plot, summarize, table, write_summary
+from fedveil.schemes import FedAvg, FedQSN, Scheme
+from fedveil.secret import Secret
+from fedveil.training import Dataset, TextClassification, Trainer, Training
+
+__all__ = ["SCHEMES", "Setting", "run_demo"]
+
+SCHEMES: Mapping[str, Scheme] = {
+    "fedavg": FedAvg(),
+    "fedqsn-paper": FedQSN.paper(),
+    "fedqsn": FedQSN(),
+}
+
+_OWNER_TRAINING = Training(steps=20, learning_rate=1e-4)
+# Embeddings are half of the model and need the fewest changes: training them would take a third
+# longer.
+_TRAINING = Training(steps=8, learning_rate=2e-4, frozen=("*.embeddings.*",))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All numbers of the demo.
+
+    Attributes:
+        seed: Decides splits, the new head, sampling, batch order and dropout.
+        owner_documents: Documents on which the owner tunes the public model beforehand.
+        test_documents: The owner's test set.
+        clients: Partners; classes are skewed by Dirichlet(alpha).
+        rounds: Rounds of each scheme.
+        clients_per_round: Partners that take part in a round.
+        max_length: Tokens of a document that the classifier reads.
+        owner_training: How the owner tunes beforehand.
+        training: How a client trains in a round.
+        own_data_steps: Steps of a client who tunes the base on his own data alone: as many as a
+            client takes in all rounds together, on average.
+        measured_proxies: Clients of the last round whose proxies are measured.
+    """
+
+    seed: int = 0
+    owner_documents: int = 60
+    test_documents: int = 400
+    clients: int = 10
+    alpha: float = 0.3
+    rounds: int = 5
+    clients_per_round: int = 5
+    max_length: int = 24
+    owner_training: Training = _OWNER_TRAINING
+    training: Training = _TRAINING
+    own_data_steps: int = 20
+    measured_proxies: int = 3
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The owner's base and test set, and what each client has."""
+
+    base: nn.Module
+    tokenizer: Any
+    task: TextClassification
+    clients: Mapping[str, Dataset]
+    test: Dataset
+
+
+def run_demo(out: Path, workers: int, console: Console, setting: Setting | None = None) -> None:
+    """Run the demo and write ``summary.json``, ``summary.png`` and the tuned model into ``out``.
+
+    Args:
+        out: The run folder; earlier demo runs in it are overwritten.
+        workers: Client processes.
+        console: Where to show progress and the table.
+        setting: Other numbers than the demo's own.
+    """
+    setting = setting or Setting()
+    with _offline():
+        scene = _prepare(setting, console)
+        own_data = _own_data_alone(scene, setting, workers, console)
+        schemes = {}
+        for name, scheme in SCHEMES.items():
+            console.print(f"\n[bold]{name}[/bold]: {setting.rounds} rounds")
+            started = time.perf_counter()
+            result = _federation(scene, setting, scheme, workers, out / name, console).run(
+                setting.rounds, overwrite=True
+            )
+            seconds = time.perf_counter() - started
+            schemes[name] = summarize(name, result, seconds=seconds, own_data=own_data)
+        _report(out, result, schemes, scene, console)
+
+
+def _prepare(setting: Setting, console: Console) -> Scene:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    documents = bbc_news().shuffle(seed=setting.seed)
+    ends = (setting.test_documents, setting.test_documents + setting.owner_documents)
+    test, owner = documents.select(range(ends[0])), documents.select(range(*ends))
+    clients = partition(
+        documents.select(range(ends[1], len(documents))),
+        setting.clients,
+        how="dirichlet",
+        alpha=setting.alpha,
+        min_size=20,
+        seed=setting.seed,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    task = TextClassification(tokenizer, num_labels=5, max_length=setting.max_length)
+    torch.manual_seed(setting.seed)  # the classification head starts at random
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=5)
+    console.print(
+        f"The owner tunes MiniLM (22.7 M parameters) on {len(owner)} documents of his own; "
+        f"{len(clients)} clients hold {sum(map(len, clients.values()))} others, "
+        "each mostly of one or two classes."
+    )
+    with threads(1):
+        Trainer(task, owner, setting.owner_training).train(model, seed=setting.seed)
+    return Scene(model, tokenizer, task, clients, test)
+
+
+def _own_data_alone(scene: Scene, setting: Setting, workers: int, console: Console) -> float:
+    """Mean accuracy, in percent, of the clients' models if each tunes the base by himself.
+
+    That is one round of FedAvg that is never averaged: what each client holds after training.
+    """
+    console.print("\n[bold]own data alone[/bold]: each client tunes the base by himself")
+    alone = replace(
+        setting,
+        clients_per_round=setting.clients,
+        measured_proxies=setting.clients,
+        training=replace(setting.training, steps=setting.own_data_steps),
+    )
+    result = _federation(scene, alone, FedAvg(), workers, None, console).run(1)
+    return result.rounds[-1].measures["proxy_after"]["accuracy"]
+
+
+def _federation(
+    scene: Scene,
+    setting: Setting,
+    scheme: Scheme,
+    workers: int,
+    out: Path | None,
+    console: Console,
+) -> Federation:
+    return Federation(
+        scene.base,
+        scene.clients,
+        task=scene.task,
+        scheme=scheme,
+        training=setting.training,
+        test=scene.test,
+        evaluation=Evaluation(proxies=setting.measured_proxies),
+        clients_per_round=setting.clients_per_round,
+        # Published here, so no secret at all: the demo must print the same numbers every time.
+        secret=Secret(hashlib.sha256(b"fedveil demo").digest()),
+        seed=setting.seed,
+        workers=workers,
+        out=out,
+        observer=ConsoleProgress(console),
+    )
+
+
+def _report(
+    out: Path,
+    result: Result,
+    schemes: Mapping[str, dict[str, Any]],
+    scene: Scene,
+    console: Console,
+) -> None:
+    summary = {"fp32_bytes": result.parameters_bytes, "schemes": schemes}
+    path = write_summary(out, result.parameters_bytes, schemes)
+    plot(summary, out / "summary.png")
+    result.global_model.save_pretrained(out / "model")  # type: ignore[operator]
+    scene.tokenizer.save_pretrained(out / "model")
+    console.print()
+    console.print(table(summary))
+    console.print(f"\nFigures: {path}\nPicture: {out / 'summary.png'}")
+    console.print(f"The owner's tuned model, which no client ever received: {out / 'model'}")
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """No hub: everything the demo needs is installed."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before

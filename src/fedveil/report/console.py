@@ -1,0 +1,129 @@
+"""Progress of a run on the console: live on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from fedveil.engine import Observer, RoundRecord
+from fedveil.report.words import human_bytes, human_percent, human_seconds
+
+__all__ = ["ConsoleProgress"]
+
+
+class ConsoleProgress(Observer):
+    """Shows rounds, clients and the accuracy so far; names clients that failed, and why.
+
+    On a terminal a bar moves below one line per round. Elsewhere (a file, a pipe, a log) there are
+    only the lines, without control characters. Use it as a context manager so that the bar goes
+    away when a run is interrupted:
+
+        with ConsoleProgress(console) as progress:
+            Federation(..., observer=progress).run(5)
+
+    Args:
+        console: Where to write; standard output unless told.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._rounds = self._finished = self._clients = 0
+
+    def run_started(self, rounds: int, finished: int) -> None:
+        """See :class:`Observer`."""
+        self.stop()
+        self._rounds, self._finished = rounds, finished
+        if finished >= rounds:
+            self._say(f"all {rounds} rounds are finished already")
+        elif finished:
+            self._say(f"continuing after round {finished} of {rounds}")
+
+    def round_started(self, number: int, clients: int) -> None:
+        """See :class:`Observer`."""
+        self._clients, done = clients, number - 1 - self._finished
+        if not self._console.is_terminal:
+            return
+        progress = self._progress or self._start()
+        progress.update(
+            self._task,
+            total=(self._rounds - self._finished) * clients,
+            completed=done * clients,
+            description=f"round {number}/{self._rounds}",
+            of_round=f"client 0/{clients}",
+        )
+
+    def client_finished(self, number: int, client: str, failure: str | None) -> None:
+        """See :class:`Observer`."""
+        if failure is not None:
+            self._say(f"round {number}: {client} failed: {failure}", style="yellow")
+        if self._progress is None:
+            return
+        self._progress.advance(self._task)
+        done = int(self._progress.tasks[0].completed) % self._clients or self._clients
+        self._progress.update(self._task, of_round=f"client {done}/{self._clients}")
+
+    def round_finished(self, record: RoundRecord) -> None:
+        """See :class:`Observer`."""
+        self._say(_line(record, self._rounds))
+        if record.round >= self._rounds:
+            self.stop()
+
+    def stop(self) -> None:
+        """Take the bar away, if there is one."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def __enter__(self) -> ConsoleProgress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _start(self) -> Progress:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[of_round]}"),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None, of_round="")
+        self._progress.start()
+        return self._progress
+
+    def _say(self, line: str, style: str = "") -> None:
+        # Text, not markup: names and reasons may hold brackets. Lines are left whole for grep.
+        self._console.print(Text(line, style=style), soft_wrap=True)
+
+
+def _line(record: RoundRecord, rounds: int) -> str:
+    used = len(record.bytes_down) - len(record.failed)
+    parts = [f"{used} of {len(record.bytes_down)} clients"]
+    for view, name in (("global", "global model"), ("proxy_after", "trained proxy")):
+        if view in record.measures:
+            parts.append(f"{name} {human_percent(record.measures[view]['accuracy'], sign=True)}")
+    for way, sizes in (("down", record.bytes_down), ("up", record.bytes_up)):
+        parts.append(f"{human_bytes(sum(sizes.values()))} {way}")
+    parts.append(human_seconds(record.seconds))
+    return f"round {record.round}/{rounds}: " + ", ".join(parts)

@@ -1,0 +1,75 @@
+"""The figures of a finished run, as plain values and on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedveil.federation import Result
+
+__all__ = ["summarize", "write_summary"]
+
+_VIEWS = ("global", "server_model", "proxy_before", "proxy_after")
+
+
+def summarize(
+    name: str, result: Result, *, seconds: float, own_data: float | None = None
+) -> dict[str, Any]:
+    """The figures of one scheme's run.
+
+    Args:
+        name: What to call the run in tables and pictures.
+        result: What the federation returned.
+        seconds: Wall-clock time of the run.
+        own_data: Accuracy, in percent, that a client reaches with the base and his data alone.
+
+    Returns:
+        ``name``; ``base``, ``global``, ``server_model``, ``proxy_before``, ``proxy_after`` and
+        ``own_data``: accuracies in percent on the owner's test set, after the last round (None: not
+        measured); ``bytes_down`` and ``bytes_up``: means per client and round; ``seconds``;
+        ``rounds``: accuracy of the global model after each round (None: not measured in it).
+    """
+    measures = result.rounds[-1].measures if result.rounds else {}
+    return {
+        "name": name,
+        "base": _accuracy({"base": result.base or {}}, "base"),
+        **{view: _accuracy(measures, view) for view in _VIEWS},
+        "own_data": own_data,
+        "bytes_down": result.mean_bytes_down(),
+        "bytes_up": result.mean_bytes_up(),
+        "seconds": seconds,
+        "rounds": [_accuracy(record.measures, "global") for record in result.rounds],
+    }
+
+
+def write_summary(folder: Path, fp32_bytes: int, schemes: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write ``summary.json`` into ``folder``: whole, or not at all.
+
+    Args:
+        folder: The run folder; made if missing.
+        fp32_bytes: Bytes of the model in float32, with which releases are compared.
+        schemes: What :func:`summarize` returned, by name.
+
+    Returns:
+        The file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, aside = folder / "summary.json", folder / "summary.json.unfinished"
+    text = json.dumps({"fp32_bytes": fp32_bytes, "schemes": schemes}, indent=2) + "\n"
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def _accuracy(measures: Mapping[str, Mapping[str, float]], view: str) -> float | None:
+    return measures.get(view, {}).get("accuracy")

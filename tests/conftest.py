@@ -1,0 +1,15 @@
+import pytest
+import torch
+from toys import MODELS
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Two busy cores: threads of one test would only wait for those of another."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=sorted(MODELS))
+def build(request):
+    """One of the small models, as a function of a seed."""
+    return MODELS[request.param]
