@@ -28,7 +28,14 @@ NO_MASK = {"server_mask": 0.0, "client_mask": 0.0, "bits": None}
 def mlp(seed: int = 0) -> nn.Module:
     """The middle weight [64, 96] is cut along both axes."""
     return _randomised(
-        nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 3)),
+        nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(16, 96),
+            nn.ReLU(),
+            nn.Linear(96, 64),
+            nn.ReLU(),
+            nn.Linear(64, 3),
+        ),
         seed,
     )
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from fedveil.data import bbc_news, minilm_folder, partition
-from fedveil.engine import Evaluation
+from fedveil.engine import Evaluation, Observer
 from fedveil.engine.workers import threads
 from fedveil.federation import Federation, Result
 from fedveil.report import ConsoleProgress, plot, summarize, table, write_summary
@@ -28,7 +28,15 @@ from fedveil.schemes import FedAvg, FedQSN, Scheme
 from fedveil.secret import Secret
 from fedveil.training import Dataset, TextClassification, Trainer, Training
 
-__all__ = ["SCHEMES", "Setting", "run_demo"]
+__all__ = [
+    "SCHEMES",
+    "Scene",
+    "Setting",
+    "build_federation",
+    "own_data_alone",
+    "prepare",
+    "run_demo",
+]
 
 SCHEMES: Mapping[str, Scheme] = {
     "fedavg": FedAvg(),
@@ -36,10 +44,10 @@ SCHEMES: Mapping[str, Scheme] = {
     "fedqsn": FedQSN(),
 }
 
-_OWNER_TRAINING = Training(steps=20, learning_rate=1e-4)
+_OWNER_TRAINING = Training(steps=24, learning_rate=1e-4)
 # Embeddings are half of the model and need the fewest changes: training them would take a third
 # longer.
-_TRAINING = Training(steps=8, learning_rate=2e-4, frozen=("*.embeddings.*",))
+_TRAINING = Training(steps=10, batch_size=8, learning_rate=2e-4, frozen=("*.embeddings.*",))
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,12 @@ class Setting:
     clients: int = 10
     alpha: float = 0.3
     rounds: int = 5
-    clients_per_round: int = 5
+    clients_per_round: int = 8
     max_length: int = 24
     owner_training: Training = _OWNER_TRAINING
     training: Training = _TRAINING
-    own_data_steps: int = 20
-    measured_proxies: int = 3
+    own_data_steps: int = 40
+    measured_proxies: int = 2
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,9 @@ class Scene:
     test: Dataset
 
 
-def run_demo(out: Path, workers: int, console: Console, setting: Setting | None = None) -> None:
+def run_demo(
+    out: Path, workers: int, console: Console | None = None, setting: Setting | None = None
+) -> None:
     """Run the demo and write ``summary.json``, ``summary.png`` and the tuned model into ``out``.
 
     Args:
@@ -95,23 +105,29 @@ def run_demo(out: Path, workers: int, console: Console, setting: Setting | None 
         console: Where to show progress and the table.
         setting: Other numbers than the demo's own.
     """
-    setting = setting or Setting()
-    with _offline():
-        scene = _prepare(setting, console)
-        own_data = _own_data_alone(scene, setting, workers, console)
+    console, setting = console or Console(), setting or Setting()
+    with _offline(), ConsoleProgress(console) as progress:
+        console.print(
+            f"The owner tunes MiniLM (22.7 M parameters) on {setting.owner_documents} documents of "
+            f"his own; {setting.clients} clients hold the others, each mostly of few classes."
+        )
+        scene = prepare(setting)
+        console.print("\n[bold]own data alone[/bold]: each client tunes the base by himself")
+        own_data = own_data_alone(scene, setting, workers, progress)
         schemes = {}
         for name, scheme in SCHEMES.items():
             console.print(f"\n[bold]{name}[/bold]: {setting.rounds} rounds")
             started = time.perf_counter()
-            result = _federation(scene, setting, scheme, workers, out / name, console).run(
+            result = build_federation(scene, setting, scheme, workers, out / name, progress).run(
                 setting.rounds, overwrite=True
             )
             seconds = time.perf_counter() - started
             schemes[name] = summarize(name, result, seconds=seconds, own_data=own_data)
-        _report(out, result, schemes, scene, console)
+    _report(out, result, schemes, scene, console)
 
 
-def _prepare(setting: Setting, console: Console) -> Scene:
+def prepare(setting: Setting) -> Scene:
+    """Split the documents, and let the owner tune the public model on his own."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     documents = bbc_news().shuffle(seed=setting.seed)
@@ -129,40 +145,37 @@ def _prepare(setting: Setting, console: Console) -> Scene:
     task = TextClassification(tokenizer, num_labels=5, max_length=setting.max_length)
     torch.manual_seed(setting.seed)  # the classification head starts at random
     model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=5)
-    console.print(
-        f"The owner tunes MiniLM (22.7 M parameters) on {len(owner)} documents of his own; "
-        f"{len(clients)} clients hold {sum(map(len, clients.values()))} others, "
-        "each mostly of one or two classes."
-    )
     with threads(1):
         Trainer(task, owner, setting.owner_training).train(model, seed=setting.seed)
     return Scene(model, tokenizer, task, clients, test)
 
 
-def _own_data_alone(scene: Scene, setting: Setting, workers: int, console: Console) -> float:
+def own_data_alone(
+    scene: Scene, setting: Setting, workers: int, observer: Observer | None = None
+) -> float:
     """Mean accuracy, in percent, of the clients' models if each tunes the base by himself.
 
     That is one round of FedAvg that is never averaged: what each client holds after training.
     """
-    console.print("\n[bold]own data alone[/bold]: each client tunes the base by himself")
     alone = replace(
         setting,
         clients_per_round=setting.clients,
         measured_proxies=setting.clients,
         training=replace(setting.training, steps=setting.own_data_steps),
     )
-    result = _federation(scene, alone, FedAvg(), workers, None, console).run(1)
+    result = build_federation(scene, alone, FedAvg(), workers, None, observer).run(1)
     return result.rounds[-1].measures["proxy_after"]["accuracy"]
 
 
-def _federation(
+def build_federation(
     scene: Scene,
     setting: Setting,
     scheme: Scheme,
     workers: int,
-    out: Path | None,
-    console: Console,
+    out: Path | None = None,
+    observer: Observer | None = None,
 ) -> Federation:
+    """The scene's clients under one scheme."""
     return Federation(
         scene.base,
         scene.clients,
@@ -177,7 +190,7 @@ def _federation(
         seed=setting.seed,
         workers=workers,
         out=out,
-        observer=ConsoleProgress(console),
+        observer=observer,
     )
 
 

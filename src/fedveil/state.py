@@ -32,11 +32,12 @@ def read_state(model: nn.Module) -> StateDict:
 
 
 def working_copy(state: Mapping[str, Tensor]) -> StateDict:
-    """The server's copy: floating-point tensors in float32 (or float64), whatever they came in.
+    """The server's copy: contiguous, floating-point tensors in float32 (or float64).
 
     Adding small updates to half-precision weights would lose them.
     """
-    return {name: _widen(tensor).clone() for name, tensor in state.items()}
+    layout = torch.contiguous_format
+    return {name: _widen(t).clone(memory_format=layout) for name, t in state.items()}
 
 
 @torch.no_grad()

@@ -84,6 +84,10 @@ class Scatter(nn.Module):
         super().__init__()
         self.small, self.keep, self.width = small, keep, width
 
+    def __getattr__(self, name: str):
+        # Models look at a layer's dtype before they call it.
+        return super().__getattr__(name) if name == "small" else getattr(self.small, name)
+
     def forward(self, *args, **kwargs) -> Tensor:
         out = self.small(*args, **kwargs)
         whole = out.new_zeros(*out.shape[:-1], self.width)

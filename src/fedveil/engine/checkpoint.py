@@ -46,10 +46,7 @@ class CheckpointFolder:
 
     def newest(self) -> Path | None:
         """The newest finished checkpoint, or None."""
-        if not self._folder.is_dir():
-            return None
-        names = sorted(p.name for p in self._folder.iterdir() if _NAME.fullmatch(p.name))
-        return self._folder / names[-1] if names else None
+        return next(reversed(self._finished()), None)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint aside, make sure that it is on disk, then put it in place at once.
@@ -76,8 +73,14 @@ class CheckpointFolder:
                 where=str(self._folder),
                 fix=f"{kept}: free some space and run again with resume.",
             ) from error
-        if before is not None and before != target:
-            shutil.rmtree(before, ignore_errors=True)
+        for older in self._finished():
+            if older != target:
+                shutil.rmtree(older, ignore_errors=True)
+
+    def _finished(self) -> list[Path]:
+        if not self._folder.is_dir():
+            return []
+        return sorted(path for path in self._folder.iterdir() if _NAME.fullmatch(path.name))
 
     def load(self, configuration: Mapping[str, Any]) -> Checkpoint | None:
         """The newest checkpoint, or None if there is none.
@@ -97,8 +100,8 @@ class CheckpointFolder:
                     found=str(values["format"]),
                     where=str(path),
                 )
-            if _digest(path / TENSORS) != values["digest"]:
-                raise _damaged(path, "its weights are not those that were written")
+            if _digest(path / TENSORS, values) != values["digest"]:
+                raise _damaged(path, "its content is not what was written")
             tensors = load_file(path / TENSORS)
             records = [RoundRecord.from_json(record) for record in values["records"]]
             found, scheme = values["configuration"], values["scheme"]
@@ -112,11 +115,11 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(checkpoint.state.tensors, folder / TENSORS)
     values = {
         "format": FORMAT,
-        "digest": _digest(folder / TENSORS),
         "scheme": checkpoint.state.values,
         "configuration": checkpoint.configuration,
         "records": [record.to_json() for record in checkpoint.records],
     }
+    values["digest"] = _digest(folder / TENSORS, values)
     (folder / VALUES).write_text(json.dumps(values, indent=1), encoding="utf-8")
     for path in (folder / TENSORS, folder / VALUES, folder):
         _sync(path)
@@ -130,9 +133,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(tensors: Path, values: Mapping[str, Any]) -> str:
+    """A checksum over the weights and everything else; against accidents, not against forgers."""
+    rest = {key: value for key, value in values.items() if key != "digest"}
+    with tensors.open("rb") as file:
+        whole = hashlib.file_digest(file, "sha256")
+    whole.update(json.dumps(rest, sort_keys=True).encode())
+    return whole.hexdigest()
 
 
 def _damaged(path: Path, found: str) -> CheckpointError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 import shutil
 import time
@@ -162,7 +161,9 @@ class InProcess:
         record.bytes_up[answer.client] = len(answer.reply)
         record.examples[answer.client] = examples
         for name, losses in (("loss_first", record.loss_first), ("loss_last", record.loss_last)):
-            losses[answer.client] = float(reply.scalars.get(name, math.nan))
+            # Only a number for the log: a client that tells rubbish here loses no update by it.
+            if isinstance(loss := reply.scalars.get(name), float):
+                losses[answer.client] = loss
         return None
 
     def _measure(self, number: int, rounds: int) -> dict[str, dict[str, float]]:

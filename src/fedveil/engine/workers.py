@@ -78,7 +78,7 @@ def work(place: Workplace, job: Job) -> Answer:
         after = _measure(place) if job.measure else None
     except FedveilError as error:
         return Answer(job.client, None, error)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         failure = TrainingError(
             "A client's training failed",
@@ -135,7 +135,7 @@ class Pool:
         """See :class:`Crew`."""
         waiting: deque[tuple[Job, Future[Answer]]] = deque()
         for job in jobs:
-            waiting.append((job, self._executor.submit(_work_here, job)))
+            waiting.append((job, self._submit(job)))
             # One job beyond the busy workers keeps them busy; more would only hold memory.
             if len(waiting) > self._workers:
                 yield self._next(waiting)
@@ -153,6 +153,15 @@ class Pool:
             initializer=_settle_in,
             initargs=(self._place,),
         )
+
+    def _submit(self, job: Job) -> Future[Answer]:
+        try:
+            return self._executor.submit(_work_here, job)
+        except BrokenProcessPool as error:
+            # An earlier job broke the pool just now: this one waits to be tried again with it.
+            broken: Future[Answer] = Future()
+            broken.set_exception(error)
+            return broken
 
     def _next(self, waiting: deque[tuple[Job, Future[Answer]]]) -> Answer:
         job, future = waiting.popleft()

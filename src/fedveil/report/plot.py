@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,11 @@ _MARKERS = "osD^vP"
 _GREY = "#555555"
 # What the owner keeps is drawn in full colour; what clients see, in tints of it.
 _BARS = (("global", 1.0, ""), ("proxy_before", 0.25, ""), ("proxy_after", 0.55, "////"))
-_BAR_NAMES = ("global model (kept)", "proxy as received", "proxy after training")
+_BAR_NAMES = {
+    "global": "global model",
+    "proxy_before": "proxy as received",
+    "proxy_after": "proxy after training",
+}
 
 
 def plot(summary: Mapping[str, Any], path: Path) -> None:
@@ -39,7 +43,8 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
         path: The file to write.
     """
     schemes: Mapping[str, Figures] = summary["schemes"]
-    figure = Figure(figsize=(10, 6.2 + 0.34 * len(schemes)), dpi=150)
+    size = (10 + 1.4 * max(0, len(schemes) - 4), 6.2 + 0.34 * len(schemes))
+    figure = Figure(figsize=size, dpi=150)
     FigureCanvasAgg(figure)
     figure.set_layout_engine(
         ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.04, hspace=0.05)
@@ -75,41 +80,63 @@ def _draw_rounds(axes: Axes, schemes: Mapping[str, Figures]) -> None:
 
 def _draw_views(axes: Axes, schemes: Mapping[str, Figures]) -> None:
     _dress(axes, "What is kept, and what is shown", "accuracy on the owner's test set (%)")
-    width = 0.27
+    bars = [bar for bar in _BARS if any(f.get(bar[0]) is not None for f in schemes.values())]
+    width = 0.81 / max(len(bars), 2)
     for group, figures in enumerate(schemes.values()):
-        for place, (view, tint, hatch) in enumerate(_BARS):
-            value = figures.get(view)
-            if value is None:
-                continue
-            x = group + (place - 1) * width
-            colour = _colour(group)
-            axes.bar(
-                x, value, 0.9 * width, color=_tint(colour, tint), hatch=hatch,
-                edgecolor=colour, linewidth=1.0,
-            )  # fmt: skip
-            axes.annotate(
-                human_percent(value), (x, value), (0, 2), textcoords="offset points",
-                ha="center", va="bottom", fontsize=8,
-            )  # fmt: skip
+        for place, (view, tint, hatch) in enumerate(bars):
+            x = group + (place - (len(bars) - 1) / 2) * width
+            _draw_bar(axes, x, figures.get(view), 0.9 * width, (_colour(group), tint, hatch))
         if figures.get("own_data") is not None:
             axes.hlines(
                 figures["own_data"], group - 0.46, group + 0.46, colors=_GREY, linestyles="--",
                 linewidth=1.3, zorder=3,
             )  # fmt: skip
+    crowded = sum(map(len, schemes)) > 40
     axes.set_xticks(range(len(schemes)), list(schemes))
+    if crowded:
+        axes.tick_params("x", rotation=20)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
     axes.set_xlim(-0.6, len(schemes) - 0.4)
-    axes.set_ylim(0, 100)
-    _legend_of_views(axes)
+    axes.set_ylim(0, 105)
+    axes.set_yticks(range(0, 101, 20))
+    own_data = any(figures.get("own_data") is not None for figures in schemes.values())
+    _legend_of_views(axes, bars, own_data=own_data, below=-0.24 if crowded else -0.09)
 
 
-def _legend_of_views(axes: Axes) -> None:
+def _draw_bar(
+    axes: Axes, x: float, value: float | None, width: float, look: tuple[Colour, float, str]
+) -> None:
+    if value is None:
+        return
+    colour, tint, hatch = look
+    axes.bar(
+        x, value, width, color=_tint(colour, tint), hatch=hatch, edgecolor=colour, linewidth=1.0
+    )
+    # A white ground keeps the number readable where the line of own data passes.
+    axes.annotate(
+        human_percent(value), (x, value), (0, 3), textcoords="offset points", ha="center",
+        va="bottom", fontsize=7.5, zorder=4,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+    )  # fmt: skip
+
+
+def _legend_of_views(
+    axes: Axes, bars: Sequence[tuple[str, float, str]], *, own_data: bool, below: float
+) -> None:
     handles: list[Any] = [
-        Patch(facecolor=_tint(to_rgb(_GREY), tint), edgecolor=_GREY, hatch=hatch, label=name)
-        for (_, tint, hatch), name in zip(_BARS, _BAR_NAMES, strict=True)
+        Patch(
+            facecolor=_tint(to_rgb(_GREY), tint),
+            edgecolor=_GREY,
+            hatch=hatch,
+            label=_BAR_NAMES[view],
+        )
+        for view, tint, hatch in bars
     ]
-    handles.append(Line2D([], [], color=_GREY, linestyle="--", label="own data alone"))
+    if own_data:
+        handles.append(Line2D([], [], color=_GREY, linestyle="--", label="own data alone"))
     axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2,
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, below), ncols=2,
         frameon=False, fontsize=9,
     )  # fmt: skip
 
@@ -134,16 +161,16 @@ def _draw_bytes(axes: Axes, schemes: Mapping[str, Figures], fp32_bytes: int) -> 
                 (percent, row + offset), (4, 0), textcoords="offset points", va="center",
                 fontsize=8,
             )  # fmt: skip
-    axes.axvline(100, color=_GREY, linestyle=":", linewidth=1.2, zorder=0)
+    axes.axvline(100, color=_GREY, linestyle=":", linewidth=1.5, zorder=0)
     axes.set_yticks(range(len(schemes)), list(schemes))
     axes.set_ylim(len(schemes) - 0.45, -0.55)
-    axes.set_xlim(0, 1.2 * max(100.0, *_shares(schemes.values(), fp32_bytes)))
+    axes.set_xlim(0, 1.25 * max(100.0, *_shares(schemes.values(), fp32_bytes)))
     axes.set_xlabel(f"% of the model in float32 ({human_bytes(fp32_bytes)})")
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x", color="#E3E3E3", linewidth=0.8)
 
 
-def _shares(schemes: Sequence[Figures] | Any, fp32_bytes: int) -> list[float]:
+def _shares(schemes: Iterable[Figures], fp32_bytes: int) -> list[float]:
     shares = (share(f.get(k), fp32_bytes) for f in schemes for k in ("bytes_down", "bytes_up"))
     return [0.0, *(value for value in shares if value is not None)]
 

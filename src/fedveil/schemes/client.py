@@ -76,7 +76,7 @@ class ProxyClient:
                 found=f"{message.kind!r} of {message.scheme!r}",
             )
         own = read_state(model)
-        groups = self.find_groups(model)
+        groups = self._groups(message, model)
         released = {group.name: _read_release(message, group) for group in groups}
         selection = Selection(groups, released, {n: t.shape for n, t in own.items()})
         _check_names(message, own, groups)
@@ -89,6 +89,19 @@ class ProxyClient:
             for name, part in parts.items():
                 selection.scatter(name, selection.scale(name, part).to(own[name].dtype), own[name])
         return selection, parts
+
+    def _groups(self, message: Message, model: nn.Module) -> Sequence[UnitGroup]:
+        """The model's unit groups, less those that the server does not cut.
+
+        On the server an embedding with a copy elsewhere is not cut. Here values say nothing, and
+        two wiped tensors would pass for copies: each is told apart by a number of its own.
+        """
+        with torch.no_grad():
+            for number, tensor in enumerate(read_state(model).values(), start=1):
+                if tensor.is_floating_point():
+                    tensor.fill_(number)
+        groups = self.find_groups(model)
+        return [group for group in groups if UNIT_PREFIX + group.name in message.sections]
 
 
 def read_part(name: str, section: object, shape: torch.Size) -> Tensor:

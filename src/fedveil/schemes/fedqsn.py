@@ -68,7 +68,7 @@ class FedQSN(Scheme):
     client_mask: float = 0.3
     bits: int | None = 4
     units: str = "mlp"
-    policy: Policy = "sticky"
+    policy: Policy = "grouped"
     groups: int = 2
     draw: Draw = "exact"
     unbiased: bool = False
@@ -219,7 +219,7 @@ class FedQSNServer:
             packed = self._packed[name]
             return packed.select(positions[packed.axis]) if positions else packed
         part = selection.gather(name, tensor)
-        if self._is_quantized(name):
+        if self._is_quantized(name) and part.numel():
             # Cut along two axes: blocks along a row would mix input units, so that neither codes
             # nor scales can be gathered. Such tensors (plain nets) are quantized per client.
             return quantize(part, bits=self._bits, axis=0, block=self._scheme.block)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Generic, TypeVar
 
 from fedveil.errors import ProtocolError
@@ -11,6 +10,9 @@ from fedveil.wire import Message
 __all__ = ["RoundLedger"]
 
 Sent = TypeVar("Sent")
+
+# Beyond these, a weight times an update leaves what float32 can hold.
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e20
 
 
 class RoundLedger(Generic[Sent]):
@@ -83,10 +85,10 @@ class RoundLedger(Generic[Sent]):
                 found=client,
                 fix="The first answer counts.",
             )
-        if not (math.isfinite(weight) and weight > 0):
+        if not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:  # false for NaN too
             raise ProtocolError(
                 "A reply has an impossible weight",
-                expected="a positive number",
+                expected=f"a number from {SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}",
                 found=repr(weight),
                 where=client,
             )

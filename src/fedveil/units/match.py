@@ -50,17 +50,24 @@ def apply_rule(
         scope: the name of the module that the rule speaks of; "" is the whole model.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, a block lacks a layer, or an axis does not
-            fall into units.
+        ConfigurationError: no pattern is of these kinds, a pattern matches nothing, a block lacks
+            a layer, or an axis does not fall into units.
     """
+    patterns = [pattern for pattern in rule.patterns if pattern.kind in kinds]
+    if not patterns:
+        raise ConfigurationError(
+            "a rule has no pattern for this choice of units",
+            expected=f"a pattern of kind {' or '.join(kinds)}",
+            found=", ".join(sorted({pattern.kind for pattern in rule.patterns})),
+            where=f"the rule for {', '.join(rule.model_types)}",
+        )
     groups: list[UnitGroup] = []
-    for pattern in rule.patterns:
-        if pattern.kind in kinds:
-            blocks = _blocks(pattern, anatomy, scope)
-            if not blocks and not pattern.optional:
-                raise _matches_nothing(pattern, rule)
-            found = (_group(pattern, block, anatomy, config) for block in blocks)
-            groups += (group for group in found if group is not None)
+    for pattern in patterns:
+        blocks = _blocks(pattern, anatomy, scope)
+        if not blocks and not pattern.optional:
+            raise _matches_nothing(pattern, rule)
+        found = (_group(pattern, block, anatomy, config) for block in blocks)
+        groups += (group for group in found if group is not None)
     return groups
 
 

@@ -25,4 +25,4 @@ def rule_for(labels: Iterable[str]) -> Rule | None:
 def nearest_type(label: str) -> str:
     """The known model type with the most similar spelling, or ""."""
     known = [model_type for rule in _rules for model_type in rule.model_types]
-    return next(iter(difflib.get_close_matches(label.lower(), known, n=1, cutoff=0.5)), "")
+    return next(iter(difflib.get_close_matches(label.lower(), known, n=1, cutoff=0.6)), "")

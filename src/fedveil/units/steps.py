@@ -124,7 +124,9 @@ def _carries_units(module: nn.Module, layout: Layout) -> bool:
     if isinstance(module, nn.PReLU):
         per_unit = module.num_parameters == layout.size and not layout.flat
         return module.num_parameters == 1 or per_unit
-        return bool(module.num_parameters == 1 or per_unit)
+    if isinstance(module, CONVOLUTIONS):
+        return _is_depthwise(module) and layout.is_image() and module.in_channels == layout.size
+    return False
 
 
 def _is_depthwise(module: nn.Module) -> bool:

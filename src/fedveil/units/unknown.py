@@ -6,7 +6,7 @@ import itertools
 import re
 import textwrap
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedveil.errors import UnknownArchitectureError
 from fedveil.units.layers import input_axis, output_axis
@@ -83,6 +83,9 @@ def _feeds(one: nn.Module, two: nn.Module) -> bool | None:
     """Whether the two are not square, if the outputs of one fit the inputs of two; else None."""
     axis = output_axis(one), input_axis(one), input_axis(two)
     assert None not in axis  # _guess keeps no others
-    shapes = one.get_parameter("weight").shape, two.get_parameter("weight").shape
-    out, into, reads = shapes[0][axis[0] or 0], shapes[0][axis[1] or 0], shapes[1][axis[2] or 0]
+    first, second = one.weight, two.weight
+    assert isinstance(first, Tensor)
+    assert isinstance(second, Tensor)
+    out, into = first.shape[axis[0] or 0], first.shape[axis[1] or 0]
+    reads = second.shape[axis[2] or 0]
     return out != into if out == reads else None

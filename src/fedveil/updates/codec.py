@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedveil.errors import ConfigurationError, ProtocolError
-from fedveil.quantization import QuantizedTensor, quantize
+from fedveil.quantization import MAX_BLOCK, QuantizedTensor, quantize
 from fedveil.wire import Dense, Section
 
 __all__ = ["SMALL", "UpdateCodec", "check_bits"]
@@ -37,12 +37,14 @@ class UpdateCodec:
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "update bits")
+        _check_block(self.block)
 
     def encode(self, update: Tensor, axis: int = 0) -> Section:
         """One tensor's update, with ``axis`` the axis along which its units are cut."""
-        if self.bits is None or update.dim() < 2 or update.numel() < SMALL:
+        bits = self._bits(update.shape)
+        if bits is None:
             return Dense(update)
-        return quantize(update, bits=self.bits, axis=axis, block=self.block)
+        return quantize(update, bits=bits, axis=axis, block=self.block)
 
     def decode_all(
         self, sections: Mapping[str, Section], shapes: Mapping[str, torch.Size]
@@ -62,20 +64,25 @@ class UpdateCodec:
         return {name: self.decode(name, part, shapes[name]) for name, part in sections.items()}
 
     def decode(self, name: str, section: Section, shape: torch.Size) -> Tensor:
-        """The update in a section, checked: floating point, of the released shape, finite.
+        """The update in a section, checked: encoded as agreed, of the released shape, finite.
 
         Raises:
             ProtocolError: If it is not; nothing else has happened by then.
         """
-        if isinstance(section, QuantizedTensor):
-            found = tuple(section.shape)
-        elif isinstance(section, Dense) and section.tensor.is_floating_point():
-            found = tuple(section.tensor.shape)
-        else:
-            kind = type(section).__name__
+        bits = self._bits(shape)
+        expected = "float32" if bits is None else f"{bits} bits"
+        if _encoding(section) not in (expected, expected.replace("32", "64")):
             raise ProtocolError(
-                "An update has the wrong type", expected="floating point", found=kind, where=name
+                "An update has the wrong type",
+                expected=expected,
+                found=_encoding(section),
+                where=name,
+                fix="Server and clients must use the same scheme with the same settings.",
             )
+        assert isinstance(section, QuantizedTensor | Dense)  # _encoding says so
+        found = tuple(
+            section.shape if isinstance(section, QuantizedTensor) else section.tensor.shape
+        )
         if found != tuple(shape):
             raise ProtocolError(
                 "An update has the wrong shape",
@@ -94,6 +101,28 @@ class UpdateCodec:
             )
         return update
 
+    def _bits(self, shape: torch.Size) -> int | None:
+        """The bits at which an update of this shape travels; None for exact."""
+        wide = len(shape) >= 2 and shape.numel() >= SMALL
+        return self.bits if wide else None
+
+
+def _encoding(section: Section) -> str:
+    if isinstance(section, QuantizedTensor):
+        return f"{section.bits} bits"
+    if isinstance(section, Dense):
+        return str(section.tensor.dtype).removeprefix("torch.")
+    return type(section).__name__
+
+
+def _check_block(block: int) -> None:
+    if type(block) is not int or not 1 <= block <= MAX_BLOCK:
+        raise ConfigurationError(
+            "The setting 'block' is impossible",
+            expected=f"an integer from 1 to {MAX_BLOCK}",
+            found=repr(block),
+        )
+
 
 def check_bits(bits: int | None, name: str) -> None:
     """Refuse a bit width that no codebook has.
@@ -101,7 +130,7 @@ def check_bits(bits: int | None, name: str) -> None:
     Raises:
         ConfigurationError: If ``bits`` is neither None nor 2, 3, 4 or 8.
     """
-    if bits is not None and (isinstance(bits, bool) or bits not in (2, 3, 4, 8)):
+    if bits is not None and (type(bits) is not int or bits not in (2, 3, 4, 8)):
         raise ConfigurationError(
             f"The setting {name!r} is impossible",
             expected="2, 3, 4 or 8, or None for no quantization",

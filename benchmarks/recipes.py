@@ -1,0 +1,103 @@
+"""Accuracy of recipes on the demo's task, over seeds: what docs/measurements.md reports.
+
+    python benchmarks/recipes.py                         # all recipes, seeds 0 1 2; about an hour
+    python benchmarks/recipes.py --seeds 0 --only fedavg fedqsn
+
+Finished runs are kept in runs/recipes/results.jsonl and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from fedveil.demo import Scene, Setting, build_federation, own_data_alone, prepare
+from fedveil.schemes import FedAvg, FedQSN, Scheme
+
+RECIPES: dict[str, Scheme] = {
+    "fedavg": FedAvg(),
+    "fedqsn-paper": FedQSN.paper(),
+    "fedqsn": FedQSN(),
+    "fedqsn, sticky masks": FedQSN(policy="sticky"),
+    "fedqsn, fresh masks": FedQSN(policy="fresh"),
+    "fedqsn, unbiased": FedQSN(unbiased=True),
+    "fedqsn, mean over participants": FedQSN(average="participants"),
+    "fedqsn, neurons and heads": FedQSN(units="neurons"),
+    "fedqsn, columns": FedQSN(units="columns"),
+    "fedqsn, 3 bit": FedQSN(bits=3),
+    "fedqsn, 8-bit updates": FedQSN(update_bits=8),
+    "fedqsn, 4-bit updates": FedQSN(update_bits=4),
+}
+VIEWS = ("global", "server_model", "proxy_before", "proxy_after")
+
+
+def run(name: str, scene: Scene, setting: Setting, workers: int) -> dict[str, float | None]:
+    """One recipe with one seed: accuracies in percent, bytes as % of fp32."""
+    result = build_federation(scene, setting, RECIPES[name], workers).run(setting.rounds)
+    measures = result.rounds[-1].measures
+    return {
+        "base": result.base["accuracy"] if result.base else None,
+        **{view: measures.get(view, {}).get("accuracy") for view in VIEWS},
+        "down": 100 * result.mean_bytes_down() / result.parameters_bytes,
+        "up": 100 * result.mean_bytes_up() / result.parameters_bytes,
+    }
+
+
+def show(results: dict[tuple[str, int], dict[str, float | None]]) -> Table:
+    """Mean over seeds, and the range of the global model."""
+    names = list(dict.fromkeys(name for name, _ in results))
+    table = Table("recipe", "seeds", *VIEWS, "range of global", "down %", "up %")
+    for name in names:
+        rows = [values for (other, _), values in results.items() if other == name]
+        means = [
+            statistics.mean(v) if (v := [r[k] for r in rows if r.get(k) is not None]) else None
+            for k in (*VIEWS, "down", "up")
+        ]
+        cells = ["-" if mean is None else f"{mean:.1f}" for mean in means]
+        finals = [row["global"] for row in rows if row.get("global") is not None]
+        spread = f"{min(finals):.1f} to {max(finals):.1f}" if finals else "-"
+        table.add_row(name, str(len(rows)), *cells[:4], spread, *cells[4:])
+    return table
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path, console = arguments.out / "results.jsonl", Console()
+    lines = path.read_text().splitlines() if path.exists() else []
+    results = {(r["recipe"], r["seed"]): r["values"] for r in map(json.loads, lines)}
+    for seed in arguments.seeds:
+        setting = replace(Setting(), seed=seed)
+        scene = None
+        for name in ["own data alone", *arguments.only]:
+            if (name, seed) in results:
+                continue
+            scene = scene or prepare(setting)
+            if name == "own data alone":
+                values = {"proxy_after": own_data_alone(scene, setting, arguments.workers)}
+            else:
+                values = run(name, scene, setting, arguments.workers)
+            results[name, seed] = values
+            with path.open("a") as file:
+                file.write(json.dumps({"recipe": name, "seed": seed, "values": values}) + "\n")
+            console.print(f"seed {seed}, {name}: {values}", soft_wrap=True)
+    console.print(show(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""From a configuration to a federation that is ready to run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fedveil.config.file import Config
+from fedveil.config.models import find_function, load_model, load_tokenizer
+from fedveil.config.sources import load_rows
+from fedveil.config.tables import is_function
+from fedveil.engine import Observer
+from fedveil.errors import ConfigurationError
+from fedveil.federation import Federation
+from fedveil.secret import Secret
+from fedveil.training import ImageClassification, Task, TextClassification
+
+__all__ = ["build", "open_secret"]
+
+
+def build(config: Config, *, observer: Observer | None = None) -> Federation:
+    """Load data, model and secret, and put them together.
+
+    The same file and the same data give the same federation, so that a run can be resumed. The
+    secret is read from its file, which is made if it is missing.
+
+    Args:
+        config: What to build.
+        observer: Hears of every event of the run.
+
+    Raises:
+        FedveilError: Data or model cannot be found or do not fit together.
+    """
+    rows = load_rows(config)
+    folder, seed = config.path.parent, config.federation.seed
+    model = load_model(config.model, config.data.task, rows.names, folder, seed=seed)
+    return Federation(
+        model,
+        rows.clients,
+        task=_task(config, model, len(rows.names)),
+        scheme=config.scheme,
+        training=config.training,
+        test=rows.test,
+        evaluation=config.evaluation,
+        clients_per_round=config.federation.clients_per_round,
+        secret=open_secret(config),
+        seed=seed,
+        workers=config.federation.workers,
+        out=config.out,
+        keep_messages=config.federation.keep_messages,
+        observer=observer,
+    )
+
+
+def open_secret(config: Config) -> Secret:
+    """The federation secret; drawn and written to its file, for its owner's eyes only, if new."""
+    return Secret.from_file(config.secret_path, create=True)
+
+
+def tokenizer_name(config: Config) -> str:
+    """Where the tokenizer is: with the model, unless the file says otherwise.
+
+    Raises:
+        ConfigurationError: The model is made by a function, so nothing is with it.
+    """
+    name = config.model.tokenizer or config.model.name
+    if is_function(name):
+        raise ConfigurationError(
+            "A model that a function makes brings no tokenizer",
+            where=f"{config.path.name}: [model]",
+            fix='Add tokenizer = "a folder or hub name".',
+        )
+    return name
+
+
+def _task(config: Config, model: nn.Module, classes: int) -> Task:
+    data, folder = config.data, config.path.parent
+    classes = config.model.num_labels or classes
+    if data.task == "image-classification":
+        transform = find_function(data.transform, folder) if data.transform else None
+        return ImageClassification(
+            image=data.image, label=data.label, num_labels=classes, transform=transform
+        )
+    tokenizer = load_tokenizer(tokenizer_name(config), folder)
+    _agree(tokenizer, model, config)
+    return TextClassification(
+        tokenizer,
+        num_labels=classes,
+        text=data.text,
+        text_pair=data.text_pair,
+        label=data.label,
+        max_length=data.max_length,
+    )
+
+
+def _agree(tokenizer: Any, model: nn.Module, config: Config) -> None:
+    """Padding and length as the model needs them."""
+    own: Any = getattr(model, "config", None)
+    if own is None:
+        return
+    if getattr(own, "pad_token_id", None) is None:
+        own.pad_token_id = tokenizer.pad_token_id
+    longest = getattr(own, "max_position_embeddings", None)
+    if isinstance(longest, int) and config.data.max_length > longest:
+        raise ConfigurationError(
+            "Texts are longer than the model can read",
+            expected=f"at most {longest}",
+            found=str(config.data.max_length),
+            where=f"{config.path.name}: [data] max_length",
+        )

@@ -1,0 +1,225 @@
+"""Reading a configuration file."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedveil.config.problems import Problems
+from fedveil.config.tables import (
+    DataTable,
+    FederationTable,
+    ModelTable,
+    PartitionTable,
+    Table,
+    table_of,
+)
+from fedveil.engine import Evaluation
+from fedveil.errors import ConfigurationError
+from fedveil.schemes import FedQSN, Scheme, scheme_class, scheme_names
+from fedveil.training import Training
+
+__all__ = ["Config", "load_config"]
+
+_TABLES = (
+    "model",
+    "data",
+    "partition",
+    "clients",
+    "scheme",
+    "training",
+    "evaluation",
+    "federation",
+)
+_PRESETS: Mapping[str, Mapping[str, Callable[..., Scheme]]] = {"fedqsn": {"paper": FedQSN.paper}}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A federation as its file describes it. Data and model have not been looked for yet.
+
+    Attributes:
+        path: The file.
+        model: What is fine-tuned.
+        data: Where rows come from.
+        partition: How the training rows are divided; None if `clients` names files.
+        clients: One file per client; empty if the rows are divided.
+        scheme: The method.
+        scheme_name: What to call it in reports: its name, and its preset if one was chosen.
+        training: How clients train.
+        evaluation: What is measured.
+        federation: The run.
+    """
+
+    path: Path
+    model: ModelTable
+    data: DataTable
+    partition: PartitionTable | None
+    clients: Mapping[str, str]
+    scheme: Scheme
+    scheme_name: str
+    training: Training
+    evaluation: Evaluation
+    federation: FederationTable
+
+    @property
+    def secret_path(self) -> Path:
+        """Where the federation secret is."""
+        return self.resolve(self.federation.secret_file)
+
+    @property
+    def out(self) -> Path:
+        """The run folder."""
+        return self.resolve(self.federation.out or f"runs/{self.path.stem}")
+
+    def resolve(self, name: str) -> Path:
+        """A path as the file means it: relative to the file."""
+        return self.path.parent / Path(name).expanduser()
+
+    def change(self, **changes: Any) -> Config:
+        """The same with other values in [federation]; None leaves a value as it is."""
+        wanted = {key: value for key, value in changes.items() if value is not None}
+        problems = Problems(str(self.path))
+        values = {**self.federation.model_dump(), **wanted}
+        federation = _read(FederationTable, "federation", values, problems)
+        problems.raise_any()
+        return dataclasses.replace(self, federation=federation)
+
+
+def load_config(path: str | Path) -> Config:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigurationError: Everything that is wrong with it, each with its table and key.
+    """
+    path = Path(path).absolute()
+    raw, problems = _parse(path), Problems(path.name)
+    for name, value in raw.items():
+        if name not in _TABLES:
+            problems.add_unknown("table" if isinstance(value, dict) else "key", "", name, _TABLES)
+        elif not isinstance(value, dict):
+            problems.add("Not a table", name, found=repr(value), fix=f"Write [{name}] above it.")
+    tables = {name: raw[name] if isinstance(raw.get(name), dict) else {} for name in _TABLES}
+    data = _read(DataTable, "data", tables["data"], problems)
+    partition = _read(PartitionTable, "partition", tables["partition"], problems)
+    scheme, scheme_name = _read_scheme(tables["scheme"], problems)
+    if data is not None and partition is not None:
+        _check_sources(tables, data, partition, problems)
+    config = Config(
+        path=path,
+        model=_read(ModelTable, "model", tables["model"], problems),
+        data=data,
+        partition=partition if data is not None and data.train is not None else None,
+        clients=_read_clients(tables["clients"], problems),
+        scheme=scheme,
+        scheme_name=scheme_name,
+        training=_read_settings(Training, "training", tables["training"], problems),
+        evaluation=_read_settings(Evaluation, "evaluation", tables["evaluation"], problems),
+        federation=_read(FederationTable, "federation", tables["federation"], problems),
+    )
+    problems.raise_any()
+    return config
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError("There is no such file", where=str(path)) from None
+    except (OSError, UnicodeError) as error:
+        raise ConfigurationError(
+            "The file cannot be read", found=f"{error}".rstrip("."), where=str(path)
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(
+            "This is not TOML", found=f"{error}".rstrip("."), where=str(path)
+        ) from error
+
+
+def _read(kind: type[Table], table: str, values: Mapping[str, Any], problems: Problems) -> Any:
+    """The checked table; None only if a problem was noted."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems.add_all(table, error, list(kind.model_fields))
+        return None
+
+
+def _read_settings(
+    kind: Callable[..., Any],
+    table: str,
+    values: Mapping[str, Any],
+    problems: Problems,
+    *,
+    fields_of: type | None = None,
+) -> Any:
+    """Settings made by ``kind`` from a table whose keys are the fields of a dataclass."""
+    settings = fields_of or kind
+    assert isinstance(settings, type)
+    checked = _read(table_of(settings), table, values, problems)
+    if checked is None:
+        return None
+    try:
+        return kind(**{key: getattr(checked, key) for key in checked.model_fields_set})
+    except ConfigurationError as error:
+        problems.add_refused(table, error)
+        return None
+
+
+def _read_scheme(values: Mapping[str, Any], problems: Problems) -> tuple[Any, str]:
+    fields = dict(values)
+    name, preset = fields.pop("name", FedQSN.name), fields.pop("preset", None)
+    if name not in scheme_names():
+        problems.add_unknown("scheme", "scheme", str(name), scheme_names())
+        return None, ""
+    kind = scheme_class(name)
+    if preset is None:
+        return _read_settings(kind, "scheme", fields, problems), name
+    presets = _PRESETS.get(name, {})
+    if preset not in presets:
+        problems.add(
+            f"The scheme {name!r} has no such preset", "scheme", "preset",
+            expected=" or ".join(map(repr, presets)) or "none at all", found=repr(preset),
+        )  # fmt: skip
+        return None, ""
+    scheme = _read_settings(presets[preset], "scheme", fields, problems, fields_of=kind)
+    return scheme, f"{name}-{preset}"
+
+
+def _read_clients(values: Mapping[str, Any], problems: Problems) -> dict[str, str]:
+    for name, file in values.items():
+        if not isinstance(file, str) or not file:
+            problems.add(
+                "A client needs one file", "clients", name, expected="text", found=repr(file)
+            )
+    return dict(values)
+
+
+def _check_sources(
+    tables: Mapping[str, Any], data: DataTable, partition: PartitionTable, problems: Problems
+) -> None:
+    """Either one data set is divided, or each client has a file."""
+    clients = tables["clients"]
+    if bool(clients) == (data.train is not None):
+        problems.add(
+            "It is not clear what the clients train on", "data",
+            expected="either `train`, divided by [partition], or [clients] with one file each",
+            found="both" if clients else "neither",
+        )  # fmt: skip
+    if clients and tables["partition"]:
+        problems.add("There is nothing to divide", "partition", fix="[clients] names their files.")
+    if data.train is not None and partition.how != "column" and partition.clients is None:
+        problems.add("A key is missing", "partition", "clients", expected="a number of clients")
+    most = len(clients) or partition.clients
+    asked = tables["federation"].get("clients_per_round")
+    if isinstance(asked, int) and most and asked > most:
+        problems.add(
+            "More clients per round than there are", "federation", "clients_per_round",
+            expected=f"at most {most}", found=str(asked),
+        )  # fmt: skip

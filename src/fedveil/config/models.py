@@ -1,0 +1,208 @@
+"""Models, tokenizers and functions by name. Whatever goes wrong, the answer is a FedveilError."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedveil.config.tables import ModelTable, is_function
+from fedveil.data.library import library
+from fedveil.errors import ConfigurationError, FedveilError
+
+__all__ = [
+    "find_function",
+    "load_model",
+    "load_tokenizer",
+    "load_untouched",
+    "place_of",
+    "quiet_transformers",
+]
+
+_CLASSES = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+
+
+def load_model(
+    table: ModelTable, task: str, names: Sequence[str], folder: Path, *, seed: int
+) -> nn.Module:
+    """The owner's model, with a head for the classes.
+
+    Args:
+        table: Its description.
+        task: What it is trained for.
+        names: The classes in order.
+        folder: What paths are relative to; modules are looked for there as well.
+        seed: Decides the weights that start at random: the same seed, the same model.
+
+    Raises:
+        FedveilError: It cannot be found or loaded, or has a head for other classes.
+    """
+    classes = table.num_labels or len(names)
+    if classes < len(names):
+        raise ConfigurationError(
+            "The model has fewer classes than the data",
+            expected=f"num_labels of at least {len(names)}",
+            found=str(classes),
+            where="[model] num_labels",
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if is_function(table.name):
+            model = _call(find_function(table.name, folder), table.name, classes)
+            return model.to(getattr(torch, table.dtype))
+        return _load_pretrained(table, task, names, classes, place_of(table.name, folder))
+
+
+def load_tokenizer(name: str, folder: Path) -> Any:
+    """A tokenizer that can pad, from a folder or the hub."""
+    place = place_of(name, folder)
+    with quiet_transformers() as transformers, _explained("tokenizer", place):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+
+def load_untouched(name: str, folder: Path) -> nn.Module:
+    """A model as it lies in its folder or on the hub, in the class that it was saved from."""
+    if is_function(name):
+        return _call(find_function(name, folder), name, None)
+    place = place_of(name, folder)
+    with quiet_transformers() as transformers, _explained("model", place):
+        architectures = transformers.AutoConfig.from_pretrained(place).architectures or [""]
+        kind = getattr(transformers, architectures[0], transformers.AutoModel)
+        model: nn.Module = kind.from_pretrained(place, dtype=torch.float32)
+        return model
+
+
+def find_function(name: str, folder: Path) -> Callable[..., Any]:
+    """The function that "module:function" names, from an installed module or one in ``folder``.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    module_name, _, function_name = name.partition(":")
+    # At the end, so that no file beside the configuration hides an installed module; and for good,
+    # as client processes import it again.
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigurationError(
+            "A module cannot be imported",
+            found=f"{type(error).__name__}: {error}",
+            where=name,
+            fix=f"It must be installed, or lie in {folder}.",
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigurationError(
+            f"The module has no function {function_name!r}", where=str(module.__file__)
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def place_of(name: str, folder: Path) -> str:
+    """A local folder as a path, anything else as the hub name that it must be.
+
+    Raises:
+        ConfigurationError: The name can only be that of a folder, and there is none.
+    """
+    path = folder / Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigurationError("There is no such folder", where=str(path))
+    return name
+
+
+def _call(function: Callable[..., Any], name: str, classes: int | None) -> nn.Module:
+    takes_labels = "num_labels" in inspect.signature(function).parameters
+    try:
+        wanted = {"num_labels": classes} if takes_labels and classes is not None else {}
+        model = function(**wanted)
+    except FedveilError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(
+            "The function that makes the model failed",
+            found=f"{type(error).__name__}: {error}",
+            where=name,
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(
+            "The function does not make a model",
+            expected="torch.nn.Module",
+            found=type(model).__name__,
+            where=name,
+        )
+    return model
+
+
+def _load_pretrained(
+    table: ModelTable, task: str, names: Sequence[str], classes: int, place: str
+) -> nn.Module:
+    words: dict[str, Any] = {"num_labels": classes}
+    if classes == len(names):
+        words["id2label"] = dict(enumerate(names))
+        words["label2id"] = {name: number for number, name in enumerate(names)}
+    with quiet_transformers() as transformers, _explained("model", place):
+        model: nn.Module = getattr(transformers, _CLASSES[task]).from_pretrained(
+            place,
+            dtype=getattr(torch, table.dtype),
+            ignore_mismatched_sizes=table.new_head,
+            **words,
+        )
+        return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[Any]:
+    """The transformers library, without its reports and bars inside."""
+    transformers = library("transformers")
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(what: str, place: str) -> Iterator[None]:
+    """Say in one line what the libraries say in a page."""
+    try:
+        yield
+    except FedveilError:
+        raise
+    except Exception as error:
+        text = str(error).strip()
+        if "ignore_mismatched_sizes" in text or "size mismatch" in text:
+            raise ConfigurationError(
+                "The model has a head for another number of classes",
+                where=place,
+                fix="Set `new_head = true` in [model] to start with a new one.",
+            ) from error
+        first = text.splitlines()[0][:200] if text else ""
+        raise FedveilError(
+            f"The {what} cannot be loaded",
+            found=f"{type(error).__name__}: {first}".rstrip(".: "),
+            where=place,
+            fix="A name that is no local folder is looked up on the Hugging Face hub: check its "
+            "spelling and the network, or download it elsewhere and name the folder.",
+        ) from error

@@ -1,0 +1,138 @@
+"""The rows of a configured federation: loaded, labelled alike, divided among clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedveil.config.file import Config
+from fedveil.data import encode_labels, load_data, partition
+from fedveil.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["Rows", "load_rows"]
+
+_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+_TRAIN, _TEST = "the training set", "the test set"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What clients train on, what the owner tests on, and the class names of both.
+
+    Attributes:
+        clients: Rows by client.
+        test: The owner's rows, or None.
+        names: Class names in order.
+    """
+
+    clients: Mapping[str, datasets.Dataset]
+    test: datasets.Dataset | None
+    names: list[str]
+
+
+def load_rows(config: Config) -> Rows:
+    """Load all rows that a configuration names.
+
+    Raises:
+        FedveilError: Some cannot be found or used; the error says whose they are.
+    """
+    data, seed = config.data, config.federation.seed
+    if config.partition is not None:
+        assert data.train is not None
+        whole = _load(config, data.train, data.train_split)
+        parts = {_TRAIN: _draw(whole, data.train_limit, seed)}
+    else:
+        parts = {
+            f"client {name}": _draw(_load(config, file, data.train_split), data.train_limit, seed)
+            for name, file in config.clients.items()
+        }
+    names = data.labels or _class_names(parts, data.label, config.model.num_labels)
+    encoded = {who: _encode(rows, who, data.label, names) for who, rows in parts.items()}
+    test = None
+    if data.test is not None:
+        rows = _draw(_load(config, data.test, data.test_split), data.test_limit, seed)
+        test = _encode(rows, _TEST, data.label, names)
+    if config.partition is None:
+        return Rows(dict(zip(config.clients, encoded.values(), strict=True)), test, names)
+    return Rows(_divide(config, encoded[_TRAIN]), test, names)
+
+
+def _load(config: Config, source: str, split: str | None) -> datasets.Dataset:
+    path = config.resolve(source)
+    is_file = path.suffix.lower() in _SUFFIXES or source.startswith((".", "/", "~"))
+    where: str | Path = path if is_file or path.exists() else source
+    words: dict[str, Any] = {"split": split} if split is not None else {}
+    if config.data.variant is not None and where is source:
+        words["config"] = config.data.variant
+    return load_data(where, **words)
+
+
+def _draw(rows: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+    if limit is None or limit >= len(rows):
+        return rows
+    # Files are often sorted by class, so the first rows would not do.
+    return rows.shuffle(seed=seed, keep_in_memory=True).select(range(limit), keep_in_memory=True)
+
+
+def _class_names(
+    parts: Mapping[str, datasets.Dataset], label: str, num_labels: int | None
+) -> list[str]:
+    """The classes of all clients together, numbers in the order of numbers."""
+    found = {who: _names(rows, who, label) for who, rows in parts.items()}
+    first, *others = found.values()
+    if all(names == first for names in others) and not _are_numbers(first):
+        return first
+    union = sorted({name for names in found.values() for name in names})
+    if not _are_numbers(union):
+        return union
+    if num_labels is not None and all(0 <= int(name) < num_labels for name in union):
+        # Classes that are numbered already keep their numbers, also where one has no rows.
+        return [str(number) for number in range(num_labels)]
+    return sorted(union, key=int)
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(name.lstrip("-").isdecimal() for name in names)
+
+
+def _names(rows: datasets.Dataset, who: str, label: str) -> list[str]:
+    try:
+        return encode_labels(rows, label)[1]
+    except DataError as error:
+        raise _blame(who, error) from error
+
+
+def _encode(rows: datasets.Dataset, who: str, label: str, names: Sequence[str]) -> datasets.Dataset:
+    try:
+        return encode_labels(rows, label, names=names)[0]
+    except DataError as error:
+        raise _blame(who, error) from error
+
+
+def _blame(who: str, error: DataError) -> DataError:
+    where = f"{who}, {error.where}" if error.where else who
+    fix = error.fix
+    if error.problem.startswith("a label is not among"):
+        fix = "Classes are those of the training rows; `labels` in [data] may name others."
+    return DataError(
+        error.problem, expected=error.expected, found=error.found, where=where, fix=fix
+    )
+
+
+def _divide(config: Config, rows: datasets.Dataset) -> Mapping[str, datasets.Dataset]:
+    table = config.partition
+    assert table is not None
+    return partition(
+        rows,
+        table.clients,
+        how=table.how,
+        alpha=table.alpha,
+        column=table.column or config.data.label,
+        min_size=table.min_size,
+        seed=config.federation.seed if table.seed is None else table.seed,
+    )

@@ -1,0 +1,156 @@
+"""What may stand in each table of a configuration file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, create_model
+
+__all__ = [
+    "DataTable",
+    "FederationTable",
+    "ModelTable",
+    "PartitionTable",
+    "Table",
+    "is_function",
+    "table_of",
+]
+
+NONE = "none"
+"""How a file says None, for which TOML has no word."""
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Word = Annotated[str, Field(min_length=1)]
+
+
+class Table(BaseModel):
+    """One table: every key is known, every value is of its type, and nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelTable(Table):
+    """[model]: what is fine-tuned.
+
+    Attributes:
+        name: A folder, a name on the hub, or "module:function" that returns an nn.Module.
+        num_labels: Number of classes; by default as many as the data have.
+        tokenizer: A folder or hub name, if it is not the model's.
+        dtype: What the weights are loaded as.
+        new_head: Replace a classification head of another size by a new one.
+    """
+
+    name: Word
+    num_labels: Annotated[int, Field(ge=2)] | None = None
+    tokenizer: Word | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    new_head: bool = False
+
+
+class DataTable(Table):
+    """[data]: where rows come from, and what their columns mean.
+
+    Attributes:
+        task: What the model is trained for.
+        train: File or hub name of the rows that [partition] divides among clients.
+        train_split: Split of a hub data set.
+        train_limit: Use at most this many rows, drawn at random.
+        test: File or hub name of the owner's test set; without it nothing is measured.
+        test_split: Split of a hub data set.
+        test_limit: Use at most this many rows, drawn at random.
+        variant: Variant of a hub data set, such as "sst2" of "glue".
+        text: Column of texts.
+        text_pair: Column of second texts, for tasks on pairs.
+        image: Column of images.
+        label: Column of classes: names or whole numbers.
+        labels: All class names in order; by default those found, sorted.
+        max_length: Tokens of a text that are read.
+        transform: "module:function" applied to each image.
+    """
+
+    task: Literal["text-classification", "image-classification"] = "text-classification"
+    train: Word | None = None
+    train_split: Word | None = None
+    train_limit: AtLeastOne | None = None
+    test: Word | None = None
+    test_split: Word | None = None
+    test_limit: AtLeastOne | None = None
+    variant: Word | None = None
+    text: Word = "text"
+    text_pair: Word | None = None
+    image: Word = "image"
+    label: Word = "label"
+    labels: list[str] | None = None
+    max_length: AtLeastOne = 128
+    transform: Word | None = None
+
+
+class PartitionTable(Table):
+    """[partition]: how the rows of `train` are divided; see :func:`fedveil.data.partition`."""
+
+    how: Literal["iid", "dirichlet", "column"] = "iid"
+    clients: AtLeastOne | None = None
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
+    column: Word | None = None
+    min_size: AtLeastOne = 2
+    seed: Seed | None = None
+
+
+class FederationTable(Table):
+    """[federation]: the run itself; see :class:`fedveil.Federation`.
+
+    Attributes:
+        rounds: Rounds in all.
+        clients_per_round: Clients that take part in a round; all by default.
+        seed: Decides sampling, batch order, a new head and drawn subsets; nothing secret.
+        workers: Client processes.
+        secret_file: Where the federation secret is; made on the first run.
+        out: Run folder; "runs/" and the file's own name by default.
+        keep_messages: Keep exactly the bytes that clients received and returned.
+    """
+
+    rounds: AtLeastOne = 5
+    clients_per_round: AtLeastOne | None = None
+    seed: Seed = 0
+    workers: AtLeastOne = 1
+    secret_file: Word = "federation.secret"  # noqa: S105  the name of a file
+    out: Word | None = None
+    keep_messages: bool = False
+
+
+def table_of(settings: type) -> type[Table]:
+    """The table whose keys are the fields of a settings dataclass, with their types and defaults.
+
+    A field that may be None takes the word "none".
+    """
+    hints = get_type_hints(settings, include_extras=True)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        fields[field.name] = (_as_written(hints[field.name]), _default(field))
+    return create_model(settings.__name__, __base__=Table, **fields)
+
+
+def is_function(name: str) -> bool:
+    """Whether a name is of the form "module:function"."""
+    return _FUNCTION.fullmatch(name) is not None
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return Field(default_factory=field.default_factory)
+    return ... if field.default is dataclasses.MISSING else field.default
+
+
+def _as_written(hint: Any) -> Any:
+    """The type that a value has in TOML: arrays for tuples, "none" for None."""
+    if get_origin(hint) is tuple:
+        return Annotated[hint, Strict(False)]
+    if get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint):
+        return Annotated[hint, BeforeValidator(lambda value: None if value == NONE else value)]
+    return hint
