@@ -1,7 +1,12 @@
 import pytest
 import torch
+from hypothesis import settings
 
 from toys import MODELS
+
+# Busy machines are slow, not wrong.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -201,7 +201,7 @@ def units(
     model: Annotated[
         str,
         typer.Argument(
-            help="A model's folder, hub name or module:function, or a configuration file.",
+            help="The model.",
             show_default=False,
         ),
     ],
@@ -215,6 +215,8 @@ def units(
     debug: Debug = False,
 ) -> None:
     """Show which units of a model a proxy can withhold.
+
+    MODEL is a folder, a name on the hub, "module:function", or a configuration file.
 
     [bold]Examples[/bold]
 

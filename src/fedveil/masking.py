@@ -30,7 +30,8 @@ class Masking:
         server: Server mask rate p1: the share of units that no client ever gets.
         client: Client mask rate p2: the share of the remaining units withheld from one client.
         policy: ``"fresh"`` draws a new client mask in every round (the paper), ``"sticky"`` one per
-            client for the whole federation, ``"grouped"`` one per group of clients.
+            client for the whole federation, ``"grouped"`` one per group of clients, for the whole
+            federation as well.
         groups: Number of groups under ``"grouped"``.
         draw: ``"exact"`` withholds ``round(rate * units)`` units of each group, ``"bernoulli"``
             each unit independently (the paper).
@@ -84,6 +85,7 @@ class Masks:
     def __init__(self, groups: Sequence[UnitGroup], masking: Masking, secret: Secret) -> None:
         self.groups, self.masking = tuple(groups), masking
         self._secret = secret
+        self._places: dict[str, int] = {}
         self._server = {group.name: self._draw_server(group) for group in self.groups}
 
     def server(self) -> Mapping[str, Tensor]:
@@ -95,10 +97,23 @@ class Masks:
         return {group.name: self._release(group, client, number) for group in self.groups}
 
     def group_of(self, client: str) -> int:
-        """The mask group (0-based) of a client under the ``grouped`` policy."""
-        return int(
-            self._secret.words(1, "client group", client)[0] % np.uint64(self.masking.groups)
-        )
+        """The mask group (0-based) of a client under the ``grouped`` policy.
+
+        Groups are kept equal in size by permuted blocks: each block of ``groups`` clients, in the
+        order in which they were first seen, is spread over all groups by a keyed permutation.
+        """
+        place = self._places.setdefault(client, len(self._places))
+        block, position = divmod(place, self.masking.groups)
+        words = self._secret.words(self.masking.groups, "client groups", block)
+        return int(np.argsort(words, kind="stable")[position])
+
+    def clients(self) -> tuple[str, ...]:
+        """Clients in the order in which they were first seen, which decides their groups."""
+        return tuple(self._places)
+
+    def enroll(self, clients: Sequence[str]) -> None:
+        """Take over what :meth:`clients` returned, to go on with the same groups."""
+        self._places = {client: place for place, client in enumerate(clients)}
 
     def _draw_server(self, group: UnitGroup) -> Tensor:
         words = self._secret.words(group.size, "server mask", group.name)

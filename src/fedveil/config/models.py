@@ -169,18 +169,21 @@ def _load_pretrained(
 
 @contextmanager
 def quiet_transformers() -> Iterator[Any]:
-    """The transformers library, without its reports and bars inside."""
+    """The transformers library; inside, it and the hub's library show no reports and no bars."""
     transformers = library("transformers")
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    own, hub = transformers.utils.logging, library("huggingface_hub").logging
+    before = own.get_verbosity(), hub.get_verbosity()
+    bars = own.is_progress_bar_enabled()
+    own.set_verbosity_error()
+    hub.set_verbosity_error()
+    own.disable_progress_bar()
     try:
         yield transformers
     finally:
-        logging.set_verbosity(verbosity)
+        own.set_verbosity(before[0])
+        hub.set_verbosity(before[1])
         if bars:
-            logging.enable_progress_bar()
+            own.enable_progress_bar()
 
 
 @contextmanager

@@ -14,6 +14,14 @@ from fedveil.errors import ConfigurationError
 __all__ = ["Problems"]
 
 _LONGEST = 80
+_TOML_WORDS = {
+    "boolean": "true or false",
+    "list": "an array",
+    "number": "a number",
+    "integer": "a whole number",
+    "string": "text",
+    "tuple": "an array",
+}
 
 
 class Problems:
@@ -67,12 +75,13 @@ class Problems:
         if self._found:
             lines = "\n".join(f"  - {_without_file(error, self._file)}" for error in self._found)
             raise ConfigurationError(
-                f"{self._file} has {len(self._found)} problems:\n{lines.removesuffix('.')}"
+                f"{self._file} has {len(self._found)} problems:\n{lines}\nNothing was started"
             )
 
 
 def _expected(detail: ErrorDetails) -> str:
-    return detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    words = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return _TOML_WORDS.get(words, words)
 
 
 def _quote(value: Any) -> str:

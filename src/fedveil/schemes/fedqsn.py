@@ -196,13 +196,15 @@ class FedQSNServer:
         return {"global": self._global.export(), "server_model": self._global.export(server)}
 
     def state(self) -> ServerState:
-        """Global model and round; masks follow from the secret."""
-        return ServerState(dict(self._global.tensors), {"round": self._ledger.round})
+        """Global model, round and who belongs to which group; masks follow from the secret."""
+        values = {"round": self._ledger.round, "clients": list(self._masks.clients())}
+        return ServerState(dict(self._global.tensors), values)
 
     def restore(self, state: ServerState) -> None:
         """See :class:`~fedveil.schemes.base.ServerSide`."""
         self._global.restore(state.tensors)
         self._ledger.round = int(state.values["round"])
+        self._masks.enroll(state.values["clients"])
 
     @property
     def _bits(self) -> int:

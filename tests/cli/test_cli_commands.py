@@ -1,0 +1,161 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from cli_samples import run_fedveil, write_bert
+
+import fedveil
+from fedveil.errors import WireError
+from fedveil.wire import Dense, Message, UnitIndex
+
+COMMANDS = ("run", "demo", "units", "inspect")
+
+
+def test_help_lists_the_commands_and_is_fast(tmp_path):
+    started = time.perf_counter()
+    done = run_fedveil("--help", home=tmp_path)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0
+    assert all(f" {command} " in done.stdout for command in COMMANDS)
+    assert "\x1b" not in done.stdout
+    assert seconds < 30  # on a machine that is busy; about 2 s on one that is not
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_examples(command, call):
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    assert "Examples" in out
+    assert f"fedveil {command}" in out
+    assert "--debug" in out
+
+
+def test_version(call):
+    assert call("--version") == (0, f"fedveil {fedveil.__version__}\n", "")
+
+
+def test_unknown_command(call):
+    code, _, err = call("rnu")
+    assert code == 2
+    assert "run" in err
+
+
+def test_missing_file_is_one_line_without_traceback(tmp_path):
+    done = run_fedveil("run", "nowhere.toml", home=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: There is no such file (in ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path, call):
+    for arguments in (
+        ("--debug", "run", tmp_path / "none.toml"),
+        ("run", tmp_path / "none.toml", "--debug"),
+    ):
+        code, _, err = call(*arguments)
+        assert code == 2
+        assert "Traceback" in err
+        assert "error: There is no such file" in err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "words"),
+    [
+        ('name = "bert"', 'name = "owner/absent"', 1, ["owner/absent", "hub", "network"]),
+        ('name = "bert"', 'name = "./absent"', 2, ["no such folder", "absent"]),
+        ('name = "bert"', 'name = "absent:build"', 2, ["cannot be imported", "absent"]),
+        ('train = "train.jsonl"', 'train = "trian.jsonl"', 3, ["trian.jsonl", "train.jsonl"]),
+        ("max_length = 16", "max_length = 64", 2, ["[data] max_length", "at most 32"]),
+        ("max_length = 16", 'text = "txt"\nmax_length = 16', 3, ["'txt'", "'text'"]),
+        ("max_length = 16", 'label = "topic"\nmax_length = 16', 3, ["the training set", "topic"]),
+        ('name = "bert"', 'name = "bert"\nnum_labels = 2', 2, ["at least 3", "num_labels"]),
+        ("clients = 2", "clients = 40", 3, ["too few rows"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_clear_error(home, call, old, new, code, words):
+    config = home / "federation.toml"
+    text = config.read_text()
+    assert old in text
+    config.write_text(text.replace(old, new))
+    found, _, err = call("run", config)
+    assert found == code
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert all(word in err for word in words), err
+
+
+def test_class_of_the_test_set_that_no_client_has(home, call):
+    with (home / "test.jsonl").open("a") as file:
+        file.write('{"text": "rain", "label": "weather"}\n')
+    code, _, err = call("run", home / "federation.toml")
+    assert code == 3
+    assert "the test set" in err
+    assert "'weather'" in err
+
+
+def test_head_for_other_classes_is_replaced_only_if_asked(home, call):
+    write_bert(home / "two", num_labels=2)
+    config = home / "federation.toml"
+    text = config.read_text().replace('name = "bert"', 'name = "two"')
+    config.write_text(text)
+    code, _, err = call("run", config, "--rounds", 1)
+    assert code == 2
+    assert "new_head" in err
+    config.write_text(text.replace('name = "two"', 'name = "two"\nnew_head = true'))
+    code, _, err = call("run", config, "--rounds", 1)
+    assert code == 0, err
+
+
+def test_units_of_a_folder_and_of_a_configuration(home, call):
+    code, out, err = call("units", home / "bert")
+    assert code == 0, err
+    assert "encoder.layer.0.mlp" in out
+    assert "256" in out
+    assert "heads" not in out
+    code, out, _ = call("units", home / "federation.toml", "--choice", "neurons")
+    assert code == 0
+    assert "heads" in out
+    assert "can be withheld" in out
+    code, _, err = call("units", home / "bert", "--choice", "rows")
+    assert code == 2
+    assert "columns or neurons or mlp" in err
+
+
+def test_inspect_says_what_a_message_holds(tmp_path, call):
+    import torch
+
+    sections = {
+        "layer.weight": Dense(torch.zeros(2, 3)),
+        "units/layer": UnitIndex(4, torch.tensor([0, 2])),
+    }
+    data = Message("proxy", "fedqsn", 7, "clinic-2", sections, {"steps": 5}).to_bytes()
+    path = tmp_path / "kept.safetensors"
+    path.write_bytes(data)
+    code, out, err = call("inspect", path)
+    assert code == 0, err
+    for words in (
+        "proxy of scheme fedqsn, round 7, client clinic-2", f"{len(data):,} bytes",
+        "layer.weight", "float32", "2 x 3", "24", "2 of 4 units released (50.0 %)", "steps = 5",
+    ):  # fmt: skip
+        assert words in out
+
+
+def test_inspect_refuses_what_is_no_message(tmp_path, call):
+    path = tmp_path / "junk"
+    path.write_bytes(b"junk")
+    code, _, err = call("inspect", path)
+    assert code == WireError.exit_code
+    assert err.startswith("error: ")
+    assert call("inspect", tmp_path / "none")[0] == 2
+
+
+def test_reader_that_goes_away_gets_no_traceback(home):
+    command = f"{sys.executable} -m fedveil units bert | true"
+    done = subprocess.run(
+        command, shell=True, cwd=home, capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr

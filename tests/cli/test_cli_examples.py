@@ -1,0 +1,36 @@
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedveil.config import load_config
+from fedveil.schemes import FedQSN
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_example_files_are_valid(path):
+    config = load_config(path)
+    assert isinstance(config.scheme, FedQSN)
+    assert config.secret_path.parent == EXAMPLES
+
+
+def test_mnist_example_names_a_function_that_makes_a_model():
+    from fedveil.config.models import load_untouched
+    from fedveil.units import find_units
+
+    config = load_config(EXAMPLES / "mnist.toml")
+    model = load_untouched(config.model.name, EXAMPLES)
+    assert model[-1].out_features == 10
+    assert find_units(model, config.scheme.units)
+
+
+def test_python_example_learns_and_protects(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["python_api.py"])
+    result = runpy.run_path(str(EXAMPLES / "python_api.py"))["main"]()
+    measures = result.rounds[-1].measures
+    assert measures["global"]["accuracy"] > result.base["accuracy"] + 20
+    assert result.mean_bytes_down() < 0.2 * result.parameters_bytes
+    assert "global" in capsys.readouterr().out

@@ -1,0 +1,55 @@
+"""A federation in a process of its own: `python process.py OUT ROUNDS [options]`.
+
+It prints a line for every event, and with --stop EVENT it then waits to be killed.
+"""
+
+import argparse
+import sys
+import time
+
+from fedveil import FedQSN, Observer
+from toys import digest, federation, mlp, rows, weights
+
+SCHEME = FedQSN(server_mask=0.25, client_mask=0.25, units="neurons", policy="fresh", update_bits=4)
+
+
+class Told(Observer):
+    def __init__(self, stop):
+        self.stop = stop
+
+    def tell(self, event):
+        print(event, flush=True)
+        while event == self.stop:
+            time.sleep(1)
+
+    def round_started(self, number, clients):
+        self.tell(f"started {number}")
+
+    def client_finished(self, number, client, failure):
+        self.tell(f"{client} {number}")
+
+    def round_finished(self, record):
+        self.tell(f"finished {record.round}")
+
+
+def standard(out, **changes):
+    """The federation that every process runs."""
+    settings = {"scheme": SCHEME, "clients_per_round": 2, "test": rows(6, seed=7), **changes}
+    return federation(mlp(), out=out, **settings)
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out")
+    parser.add_argument("rounds", type=int)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--stop", default="")
+    options = parser.parse_args(arguments)
+    run = standard(
+        options.out, workers=options.workers, observer=Told(options.stop), keep_messages=True
+    )
+    print(digest(weights(run.run(options.rounds).global_model)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
