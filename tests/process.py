@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 
-from fedveil import FedQSN, Observer
+from fedveil import Evaluation, FedQSN, Observer
 from toys import digest, federation, mlp, rows, weights
 
 SCHEME = FedQSN(server_mask=0.25, client_mask=0.25, units="neurons", policy="fresh", update_bits=4)
@@ -35,6 +35,7 @@ class Told(Observer):
 def standard(out, **changes):
     """The federation that every process runs."""
     settings = {"scheme": SCHEME, "clients_per_round": 2, "test": rows(6, seed=7), **changes}
+    settings.setdefault("evaluation", Evaluation(proxies_every=1))
     return federation(mlp(), out=out, **settings)
 
 

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import nn
 
+from fedveil.config.models import quiet_transformers
 from fedveil.data import bbc_news, minilm_folder, partition
 from fedveil.engine import Evaluation, Observer
 from fedveil.engine.workers import threads
@@ -109,7 +111,8 @@ def run_demo(
     with _offline(), ConsoleProgress(console) as progress:
         console.print(
             f"The owner tunes MiniLM (22.7 M parameters) on {setting.owner_documents} documents of "
-            f"his own; {setting.clients} clients hold the others, each mostly of few classes."
+            f"his own; {setting.clients} clients hold the others, each mostly of few classes.",
+            soft_wrap=True,
         )
         scene = prepare(setting)
         console.print("\n[bold]own data alone[/bold]: each client tunes the base by himself")
@@ -141,10 +144,11 @@ def prepare(setting: Setting) -> Scene:
         min_size=20,
         seed=setting.seed,
     )
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
-    task = TextClassification(tokenizer, num_labels=5, max_length=setting.max_length)
     torch.manual_seed(setting.seed)  # the classification head starts at random
-    model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=5)
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+        model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=5)
+    task = TextClassification(tokenizer, num_labels=5, max_length=setting.max_length)
     with threads(1):
         Trainer(task, owner, setting.owner_training).train(model, seed=setting.seed)
     return Scene(model, tokenizer, task, clients, test)
@@ -204,12 +208,18 @@ def _report(
     summary = {"fp32_bytes": result.parameters_bytes, "schemes": schemes}
     path = write_summary(out, result.parameters_bytes, schemes)
     plot(summary, out / "summary.png")
-    result.global_model.save_pretrained(out / "model")  # type: ignore[operator]
-    scene.tokenizer.save_pretrained(out / "model")
+    with quiet_transformers():
+        result.global_model.save_pretrained(out / "model")  # type: ignore[operator]
+        scene.tokenizer.save_pretrained(out / "model")
     console.print()
     console.print(table(summary))
-    console.print(f"\nFigures: {path}\nPicture: {out / 'summary.png'}")
-    console.print(f"The owner's tuned model, which no client ever received: {out / 'model'}")
+    console.print()
+    for line in (
+        f"figures: {path}",
+        f"picture: {out / 'summary.png'}",
+        f"the owner's tuned model, which no client ever received: {out / 'model'}",
+    ):
+        console.print(Text(line), soft_wrap=True)
 
 
 @contextmanager

@@ -173,8 +173,8 @@ class Federation:
             keep_messages=self._keep_messages,
             observer=self._observer,
         )
-        base = engine.measure_model(model)
         records = engine.run(rounds, resume=resume)
+        base = engine.measure_model(model)  # still the base: the server works on its own copy
         load_state(model, server.final())
         return Result(model, records, base, _fp32_bytes(model))
 

@@ -10,7 +10,7 @@ from safetensors.torch import load
 from fedveil import FedAvg, FedQSN
 from fedveil.state import read_state
 from fedveil.units import find_units
-from toys import CHOICES, SECRET, Nudge, bare, federation, reply_of, same, snapshot, weights
+from toys import CHOICES, SECRET, Nudge, bare, federation, mlp, reply_of, same, snapshot, weights
 
 SCHEMES = [
     FedAvg(),
@@ -112,8 +112,6 @@ def cut(model, choice, header, tensors, shapes):
 
 def test_what_came_back_replaces_nothing():
     # At 2 bits a proxy is far from the model: 1e-3 of training must not bring that distance in.
-    from toys import mlp
-
     scheme, model = FedQSN(bits=2, server_mask=0.0, client_mask=0.0), mlp()
     server = scheme.server(model, SECRET)
     server.begin_round(1)

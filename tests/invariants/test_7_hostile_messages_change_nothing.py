@@ -55,10 +55,13 @@ def refused(server, hostile, weight=4.0, client="b"):
     """Take a hostile message or bytes as an engine would; it must be refused without a trace."""
     before = snapshot(server.side.state().tensors)
     with pytest.raises(FedveilError) as caught:
-        message = Message.from_bytes(hostile) if isinstance(hostile, bytes) else hostile
-        server.side.absorb(client, message, weight)
+        server.side.absorb(client, read(hostile), weight)
     assert str(caught.value)
     assert same(server.side.state().tensors, before)
+
+
+def read(message):
+    return Message.from_bytes(message) if isinstance(message, bytes) else message
 
 
 def with_section(message, name, section):

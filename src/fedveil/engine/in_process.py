@@ -26,6 +26,9 @@ from fedveil.wire import Message
 
 __all__ = ["Evaluation", "InProcess"]
 
+# Always the same, since the last bits of a loss depend on it.
+_MEASURING_THREADS = 2
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -45,7 +48,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         for name in ("every", "proxies_every", "proxies"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 0):
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if not whole and not (name == "proxies" and value is None):
                 raise ConfigurationError(
                     f"The setting {name!r} is impossible",
                     expected="an integer of at least 0",
@@ -108,8 +112,8 @@ class InProcess:
         """What a model reaches on the owner's test set, or None without one."""
         if self.place.test is None:
             return None
-        # The workers are idle meanwhile: their cores are free.
-        with threads(self.workers):
+        # The workers are idle meanwhile, but as many threads as workers would add up otherwise.
+        with threads(_MEASURING_THREADS):
             return evaluate(model, self.place.task, self.place.test)
 
     def _round(self, number: int, rounds: int, clients: Crew) -> RoundRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import signal
 import time
 import traceback
 from collections import deque
@@ -239,6 +240,8 @@ _place: Workplace | None = None
 
 def _settle_in(place: Workplace) -> None:
     global _place
+    # Ctrl-C reaches every process of the terminal: the server stops its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     # Tensors that are handed to a process share memory with everyone else's: take a copy to train.
     _place = replace(place, architecture=copy.deepcopy(place.architecture))

@@ -25,7 +25,7 @@ _ACCURACIES = {
 
 _CAPTION = (
     ("Base to own data", "accuracy in % on the owner's test set, after the last round."),
-    ("Base, global model", "the owner's model before and after; no client receives the latter."),
+    ("Base, global model", "the owner's model before and after the run."),
     ("Server model", "the global model without the units that are withheld from everybody."),
     ("Proxy", "what a client is sent, and what it holds after training that (means)."),
     ("Own data", "what a client reaches by tuning the base on its own data alone."),
