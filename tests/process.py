@@ -13,6 +13,9 @@ from toys import digest, federation, mlp, rows, weights
 SCHEME = FedQSN(server_mask=0.25, client_mask=0.25, units="neurons", policy="fresh", update_bits=4)
 
 
+CLIENTS = {f"partner-{i}": rows(6 + 2 * i, seed=i) for i in range(4)}
+
+
 class Told(Observer):
     def __init__(self, stop):
         self.stop = stop
@@ -33,8 +36,14 @@ class Told(Observer):
 
 
 def standard(out, **changes):
-    """The federation that every process runs."""
-    settings = {"scheme": SCHEME, "clients_per_round": 2, "test": rows(6, seed=7), **changes}
+    """The federation that every process runs. The order of a sum of three shows in its bits."""
+    settings = {
+        "clients": CLIENTS,
+        "scheme": SCHEME,
+        "clients_per_round": 3,
+        "test": rows(6, seed=7),
+        **changes,
+    }
     settings.setdefault("evaluation", Evaluation(proxies_every=1))
     return federation(mlp(), out=out, **settings)
 

@@ -100,6 +100,28 @@ class TestPolicies:
         assert all(len(masks_of_group) == 1 for masks_of_group in by_group.values())
         assert len(set.union(*by_group.values())) == 3
 
+    @given(st.integers(1, 5), st.integers(0, 40))
+    def test_groups_are_of_equal_size_at_any_time(self, groups, clients):
+        masks = make(4, policy="grouped", groups=groups)
+        found = [masks.group_of(str(client)) for client in range(clients)]
+        sizes = [found.count(group) for group in range(groups)]
+        assert max(sizes) - min(sizes) <= 1
+        assert [masks.group_of(str(client)) for client in range(clients)] == found
+
+    def test_which_client_gets_which_group_is_keyed(self):
+        found = set()
+        for seed in range(10):
+            masks = make(4, Secret(bytes([seed]) * 32), policy="grouped", groups=4)
+            found.add(tuple(masks.group_of(client) for client in "abcd"))
+        assert len(found) > 5
+
+    def test_enrolled_clients_keep_their_groups(self):
+        first, later = (make(policy="grouped", groups=3) for _ in range(2))
+        groups = {client: first.group_of(client) for client in "abcdefg"}
+        later.enroll(first.clients())
+        assert {client: later.group_of(client) for client in "gfedcba"} == groups
+        assert later.group_of("new") == first.group_of("new")
+
     def test_one_group_means_one_mask_for_all(self):
         masks = make(policy="grouped", groups=1)
         assert released(masks, "a", 1) == released(masks, "b", 5)

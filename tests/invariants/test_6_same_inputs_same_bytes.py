@@ -20,7 +20,7 @@ def first(tmp_path_factory):
 
 def messages(folder):
     found = files(folder / "messages")
-    assert len(found) == 8
+    assert len(found) == 12
     return found
 
 
