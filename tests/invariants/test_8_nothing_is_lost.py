@@ -143,13 +143,13 @@ def test_a_pool_that_broke_between_two_jobs_still_does_the_second():
 
     def jobs():
         for client in ("partner-1", "partner-0", "partner-2"):
-            yield Job(client, server.release(client).to_bytes(), 1, False)
+            yield Job(client, server.release(client).to_bytes(), 1)
             time.sleep(0.5 if client == "partner-1" else 0)  # long enough to die
 
     pool = Pool(place, 2)
     try:
         # Start the processes, so that the first job dies at once.
-        list(pool.answers([Job("partner-0", server.release("partner-0").to_bytes(), 1, False)]))
+        list(pool.answers([Job("partner-0", server.release("partner-0").to_bytes(), 1)]))
         answers = {answer.client: answer for answer in pool.answers(jobs())}
     finally:
         pool.close()

@@ -39,11 +39,13 @@ class Evaluation:
         proxies_every: The same for the server model and for the clients' proxies, as received and
             as trained, which costs two evaluations per client.
         proxies: Measure at most this many of a round's clients; None measures all.
+        received: Measure proxies as received, too, and not only as trained.
     """
 
     every: int = 1
     proxies_every: int = 0
     proxies: int | None = None
+    received: bool = True
 
     def __post_init__(self) -> None:
         for name in ("every", "proxies_every", "proxies"):
@@ -144,11 +146,13 @@ class InProcess:
         measured = set(sampled[: self.evaluation.proxies])
         if not _is_due(self.evaluation.proxies_every, record.round, rounds):
             measured = set()
+        views = ("before", "after") if self.evaluation.received else ("after",)
         for client in sampled:
             proxy = self.server.release(client).to_bytes()
             record.bytes_down[client] = len(proxy)
             self._keep(record.round, client, "proxy", proxy)
-            yield Job(client, proxy, self._seed(record.round, client), client in measured)
+            measure = views if client in measured else ()
+            yield Job(client, proxy, self._seed(record.round, client), measure)
 
     def _absorb(self, record: RoundRecord, answer: Answer) -> FedveilError | None:
         """Use one answer; returns why it could not be used."""

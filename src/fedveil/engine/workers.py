@@ -47,12 +47,13 @@ class Workplace:
 
 @dataclass(frozen=True)
 class Job:
-    """One client's round: the bytes it was sent and the seed of its training."""
+    """One client's round: the bytes it was sent, the seed of its training, and whether to measure
+    the proxy ``"before"`` and ``"after"`` it."""
 
     client: str
     proxy: bytes
     seed: int
-    measure: bool
+    measure: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ def work(place: Workplace, job: Job) -> Answer:
     started = time.perf_counter()
     try:
         message = Message.from_bytes(job.proxy)
-        before = _measure_received(place, message) if job.measure else None
+        before = _measure_received(place, message) if "before" in job.measure else None
         trainer = partial(place.trainers[job.client].train, seed=job.seed)
         reply = place.side.fit(message, place.architecture, trainer).to_bytes()
-        after = _measure(place) if job.measure else None
+        after = _measure(place) if "after" in job.measure else None
     except FedveilError as error:
         return Answer(job.client, None, error)
     except (Exception, SystemExit) as error:
