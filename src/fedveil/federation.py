@@ -21,9 +21,12 @@ from fedveil.errors import ConfigurationError, DataError, FedveilError
 from fedveil.schemes import FedQSN, Scheme
 from fedveil.secret import Secret
 from fedveil.state import load_state, read_state, wipe
-from fedveil.training import Dataset, Task, Trainer, Training
+from fedveil.training import Dataset, Prepared, Task, Trainer, Training
 
 __all__ = ["Federation", "Result"]
+
+Rows = Dataset | Prepared
+"""A data set, or what ``task.prepare`` made of one: to encode it once for several federations."""
 
 _CLIENT_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -97,12 +100,12 @@ class Federation:
     def __init__(
         self,
         model: nn.Module,
-        clients: Mapping[str, Dataset] | Sequence[Dataset],
+        clients: Mapping[str, Rows] | Sequence[Rows],
         *,
         task: Task,
         scheme: Scheme | None = None,
         training: Training | None = None,
-        test: Dataset | None = None,
+        test: Rows | None = None,
         evaluation: Evaluation | None = None,
         clients_per_round: int | None = None,
         secret: Secret | None = None,
@@ -196,7 +199,7 @@ class Federation:
         return Workplace(architecture, self.scheme.client(), self._task, self._trainers, self._test)
 
 
-def _name_clients(clients: Mapping[str, Dataset] | Sequence[Dataset]) -> dict[str, Dataset]:
+def _name_clients(clients: Mapping[str, Rows] | Sequence[Rows]) -> dict[str, Rows]:
     if isinstance(clients, Mapping):
         named = dict(clients)
     else:
@@ -213,14 +216,14 @@ def _name_clients(clients: Mapping[str, Dataset] | Sequence[Dataset]) -> dict[st
     return named
 
 
-def _prepared(who: str, task: Task, data: Dataset) -> Any:
+def _prepared(who: str, task: Task, data: Rows) -> Any:
     try:
         return task.prepare(data)
     except FedveilError as error:
         raise _name_culprit(who, error) from error
 
 
-def _trainer(name: str, task: Task, data: Dataset, training: Training) -> Trainer:
+def _trainer(name: str, task: Task, data: Rows, training: Training) -> Trainer:
     return Trainer(task, _prepared(f"client {name}", task, data), training)
 
 

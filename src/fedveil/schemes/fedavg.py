@@ -64,18 +64,20 @@ class FedAvgServer:
         self._scheme, self._global = scheme, GlobalModel(model)
         self._ledger = RoundLedger[bool](scheme.name)
         self._everything = Selection((), {}, {})
+        self._sections: dict[str, Dense] = {}
         self._mean = self._new_mean()
 
     def begin_round(self, number: int) -> None:
         """Open a round."""
         self._ledger.begin(number)
         self._mean = self._new_mean()
+        # A copy, once per round: a message that someone keeps must not change with the model.
+        self._sections = {name: Dense(tensor) for name, tensor in self._global.export().items()}
 
     def release(self, client: str) -> Message:
         """The whole model."""
         self._ledger.record(client, True)
-        sections = {name: Dense(tensor) for name, tensor in self._global.export().items()}
-        return Message("proxy", self._scheme.name, self._ledger.round, client, sections, {})
+        return Message("proxy", self._scheme.name, self._ledger.round, client, self._sections, {})
 
     def absorb(self, client: str, reply: Message, weight: float) -> None:
         """Add one update to the sum."""
@@ -89,6 +91,7 @@ class FedAvgServer:
         """Add the mean update to the model."""
         self._ledger.end()
         norm = self._global.apply(self._mean) if self._mean.clients else 0.0
+        self._sections = {}
         return {"clients": self._mean.clients, "update_norm": norm}
 
     def final(self) -> StateDict:
