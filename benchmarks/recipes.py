@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--own-data-steps", type=int, default=40)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     arguments = parser.parse_args()
@@ -82,7 +83,7 @@ def main() -> None:
     lines = path.read_text().splitlines() if path.exists() else []
     results = {(r["recipe"], r["seed"]): r["values"] for r in map(json.loads, lines)}
     for seed in arguments.seeds:
-        setting = replace(Setting(), seed=seed)
+        setting = replace(Setting(), seed=seed, own_data_steps=arguments.own_data_steps)
         scene = None
         for name in ["own data alone", *arguments.only]:
             if (name, seed) in results:
