@@ -153,6 +153,8 @@ def test_interrupted_run_keeps_its_rounds(home):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite that runs in the background may have been told to ignore Ctrl-C, and passes it on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         for line in process.stdout:
