@@ -156,10 +156,11 @@ class InProcess:
 
     def _absorb(self, record: RoundRecord, answer: Answer) -> FedveilError | None:
         """Use one answer; returns why it could not be used."""
+        if answer.reply is not None:
+            self._keep(record.round, answer.client, "update", answer.reply)
         try:
             if answer.failure is not None or answer.reply is None:
                 raise answer.failure or ProtocolError("A client gave no reply", where=answer.client)
-            self._keep(record.round, answer.client, "update", answer.reply)
             reply = Message.from_bytes(answer.reply)
             examples = _count(reply, "examples")
             self.server.absorb(answer.client, reply, float(examples))
@@ -243,8 +244,16 @@ class InProcess:
         if self.folder is None or not self.keep_messages:
             return
         folder = self.folder / "messages" / f"round-{number:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{client}.{kind}.safetensors").write_bytes(data)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{client}.{kind}.safetensors").write_bytes(data)
+        except OSError as error:
+            raise CheckpointError(
+                "A message could not be kept",
+                found=str(error),
+                where=str(folder),
+                fix="The round before is in the checkpoint: free some space and run with resume.",
+            ) from error
 
 
 def clear(folder: Path) -> None:
