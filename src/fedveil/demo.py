@@ -191,7 +191,7 @@ def build_federation(
         scheme=scheme,
         training=setting.training,
         test=scene.test,
-        # Measuring takes as long as training: every other round keeps the demo under four minutes.
+        # Every measurement takes a second or more; every other round is enough to watch.
         evaluation=evaluation or Evaluation(every=2, proxies=setting.measured_proxies),
         clients_per_round=setting.clients_per_round,
         # Published here, so no secret at all: the demo must print the same numbers every time.
