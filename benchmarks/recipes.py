@@ -18,7 +18,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from fedveil.demo import Scene, Setting, build_federation, own_data_alone, prepare
+from fedveil.demo import Scene, Setting, build_federation, fast_matmul, own_data_alone, prepare
 from fedveil.schemes import FedAvg, FedQSN, Scheme
 
 RECIPES: dict[str, Scheme] = {
@@ -43,7 +43,6 @@ def run(name: str, scene: Scene, setting: Setting, workers: int) -> dict[str, fl
     result = build_federation(scene, setting, RECIPES[name], workers).run(setting.rounds)
     measures = result.rounds[-1].measures
     return {
-        "base": result.base["accuracy"] if result.base else None,
         **{view: measures.get(view, {}).get("accuracy") for view in VIEWS},
         "down": 100 * result.mean_bytes_down() / result.parameters_bytes,
         "up": 100 * result.mean_bytes_up() / result.parameters_bytes,
@@ -72,7 +71,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--own-data-steps", type=int, default=40)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     arguments = parser.parse_args()
@@ -83,14 +81,15 @@ def main() -> None:
     lines = path.read_text().splitlines() if path.exists() else []
     results = {(r["recipe"], r["seed"]): r["values"] for r in map(json.loads, lines)}
     for seed in arguments.seeds:
-        setting = replace(Setting(), seed=seed, own_data_steps=arguments.own_data_steps)
+        setting = replace(Setting(), seed=seed)
         scene = None
         for name in ["own data alone", *arguments.only]:
             if (name, seed) in results:
                 continue
             scene = scene or prepare(setting)
             if name == "own data alone":
-                values = {"proxy_after": own_data_alone(scene, setting, arguments.workers)}
+                base, alone = own_data_alone(scene, setting, arguments.workers)
+                values = {"base": base, "proxy_after": alone}
             else:
                 values = run(name, scene, setting, arguments.workers)
             results[name, seed] = values
@@ -101,4 +100,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with fast_matmul():  # as the demo
+        main()

@@ -39,7 +39,7 @@ class Result:
         global_model: The owner's fine-tuned model, after the merge. An ordinary PyTorch or Hugging
             Face model: ``result.global_model.save_pretrained("tuned")``.
         rounds: A record of every round; the same lines are in ``metrics.jsonl``.
-        base: What the model reached on the owner's test set before round 1, or None without one.
+        base: What the model reached on the owner's test set before round 1; None if not measured.
         parameters_bytes: Bytes of the model in float32: what one fp32 release would take.
     """
 
@@ -177,7 +177,8 @@ class Federation:
             observer=self._observer,
         )
         records = engine.run(rounds, resume=resume)
-        base = engine.measure_model(model)  # still the base: the server works on its own copy
+        # The model is still the base: the server works on its own copy.
+        base = engine.measure_model(model) if self._evaluation.base else None
         load_state(model, server.final())
         return Result(model, records, base, _fp32_bytes(model))
 

@@ -13,6 +13,7 @@ from fedveil import (
     Observer,
     UnknownArchitectureError,
 )  # fmt: skip
+from fedveil.training import Measure
 from toys import SECRET, federation, metrics, mlp, rows, same, weights
 
 
@@ -158,6 +159,32 @@ def test_the_base_is_what_the_owner_came_with():
         result.global_model, {"a": rows(3)}, task=ImageClassification(), test=rows(6), secret=SECRET
     ).run(1)
     assert again.base == result.rounds[0].measures["global"]
+
+
+def test_the_base_need_not_be_measured():
+    run = federation(mlp(), test=rows(9), evaluation=Evaluation(base=False)).run(1)
+    assert run.base is None
+    assert run.rounds[0].measures["global"]
+
+
+class PrecisionTask(ImageClassification):
+    """Its accuracy says what PyTorch is set to where clients train."""
+
+    def measure(self, model, batch):
+        fast = torch.get_float32_matmul_precision() == "medium"
+        return Measure(len(batch["labels"]), 0.0, len(batch["labels"]) * fast)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_workers_multiply_as_precisely_as_the_process_that_started_them(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        run = federation(mlp(), task=PrecisionTask(), test=rows(3), workers=2).run(1)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    fast = 100.0 * (precision == "medium")
+    assert run.rounds[0].measures["proxy_after"]["accuracy"] == fast
 
 
 def test_an_observer_hears_of_every_event_in_order():

@@ -156,5 +156,6 @@ def test_releasing_and_measuring_leave_the_global_model_as_it_was():
     server.begin_round(1)
     for client in "abc":
         server.release(client).to_bytes()
-    server.views()
+    for view in server.views:
+        server.view(view)
     assert same(server.state().tensors, weights(mlp()))

@@ -40,12 +40,14 @@ class Evaluation:
             as trained, which costs two evaluations per client.
         proxies: Measure at most this many of a round's clients; None measures all.
         received: Measure proxies as received, too, and not only as trained.
+        base: Measure the base, too. Whoever compares schemes on one base needs it only once.
     """
 
     every: int = 1
     proxies_every: int = 0
     proxies: int | None = None
     received: bool = True
+    base: bool = True
 
     def __post_init__(self) -> None:
         for name in ("every", "proxies_every", "proxies"):
@@ -180,10 +182,10 @@ class InProcess:
         if self.place.test is None:
             return {}
         measures = {}
-        for view, tensors in self.server.views().items():
+        for view in self.server.views:
             every = self.evaluation.every if view == "global" else self.evaluation.proxies_every
             if _is_due(every, number, rounds):
-                load_state(self.model, tensors)
+                load_state(self.model, self.server.view(view))
                 measures[view] = self.measure_model(self.model) or {}
         return measures
 

@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from fedveil.schemes import ClientSide
 from fedveil.training import Prepared, Task, Trainer, evaluate
 from fedveil.wire import Message
 
-__all__ = ["Answer", "Crew", "Job", "Workplace", "crew", "threads"]
+__all__ = ["Answer", "Crew", "Job", "Workplace", "crew", "start_importing", "threads"]
 
 Measures = dict[str, float]
 
@@ -153,7 +154,7 @@ class Pool:
             self._workers,
             mp_context=_process_context(self._place),
             initializer=_settle_in,
-            initargs=(self._place,),
+            initargs=(self._place, torch.get_float32_matmul_precision()),
         )
 
     def _submit(self, job: Job) -> Future[Answer]:
@@ -223,6 +224,19 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def start_importing(modules: Iterable[str]) -> None:
+    """Let worker processes begin to import ``modules`` in the background.
+
+    To be called as early as they are known: until then nobody waits for it. Later calls in the
+    same process change nothing.
+    """
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.get_context("forkserver").set_forkserver_preload(
+            sorted({*modules, __name__})
+        )
+        forkserver.ensure_running()
+
+
 def _process_context(place: Workplace) -> BaseContext:
     """Processes that inherit nothing of the server's memory, started as fast as the system can.
 
@@ -230,20 +244,19 @@ def _process_context(place: Workplace) -> BaseContext:
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    modules = {type(place.architecture).__module__, type(place.task).__module__, __name__}
-    context.set_forkserver_preload(sorted(modules))
-    return context
+    start_importing({type(place.architecture).__module__, type(place.task).__module__})
+    return multiprocessing.get_context("forkserver")
 
 
 _place: Workplace | None = None
 
 
-def _settle_in(place: Workplace) -> None:
+def _settle_in(place: Workplace, matmul_precision: str) -> None:
     global _place
     # Ctrl-C reaches every process of the terminal: the server stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(matmul_precision)  # as in the process that started this one
     # Tensors that are handed to a process share memory with everyone else's: take a copy to train.
     _place = replace(place, architecture=copy.deepcopy(place.architecture))
 

@@ -17,7 +17,12 @@ _VIEWS = ("global", "server_model", "proxy_before", "proxy_after")
 
 
 def summarize(
-    name: str, result: Result, *, seconds: float, own_data: float | None = None
+    name: str,
+    result: Result,
+    *,
+    seconds: float,
+    base: float | None = None,
+    own_data: float | None = None,
 ) -> dict[str, Any]:
     """The figures of one scheme's run.
 
@@ -25,6 +30,7 @@ def summarize(
         name: What to call the run in tables and pictures.
         result: What the federation returned.
         seconds: Wall-clock time of the run.
+        base: Accuracy of the base, in percent, if the run itself did not measure it.
         own_data: Accuracy, in percent, that a client reaches with the base and his data alone.
 
     Returns:
@@ -36,7 +42,7 @@ def summarize(
     measures = result.rounds[-1].measures if result.rounds else {}
     return {
         "name": name,
-        "base": _accuracy({"base": result.base or {}}, "base"),
+        "base": base if result.base is None else result.base.get("accuracy"),
         **{view: _accuracy(measures, view) for view in _VIEWS},
         "own_data": own_data,
         "bytes_down": result.mean_bytes_down(),

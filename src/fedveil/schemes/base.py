@@ -81,11 +81,12 @@ class ServerSide(Protocol):
     def final(self) -> StateDict:
         """The model to keep, after the merge, in the dtypes the owner brought."""
 
-    def views(self) -> Mapping[str, StateDict]:
-        """Models for the owner to measure: ``global`` and, if there is one, ``server_model``.
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the models that the owner can measure: ``global``, perhaps ``server_model``."""
 
-        Never to be serialized towards a client.
-        """
+    def view(self, name: str) -> StateDict:
+        """A copy of one of them, in the owner's dtypes; never to be serialized to a client."""
 
     def state(self) -> ServerState:
         """Everything needed to resume after the last finished round, secret excluded."""

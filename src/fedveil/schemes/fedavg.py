@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -98,9 +97,14 @@ class FedAvgServer:
         """The global model."""
         return self._global.export()
 
-    def views(self) -> Mapping[str, StateDict]:
+    @property
+    def views(self) -> tuple[str, ...]:
         """Global model only: clients hold the same."""
-        return {"global": self._global.export()}
+        return ("global",)
+
+    def view(self, name: str) -> StateDict:
+        """The global model."""
+        return self._global.export()
 
     def state(self) -> ServerState:
         """Global model and round."""

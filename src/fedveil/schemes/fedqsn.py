@@ -184,16 +184,23 @@ class FedQSNServer:
 
         Never-released units were never changed: the global model holds their original values.
         """
-        return self.views()["server_model" if self._scheme.merge == "server" else "global"]
+        return self.view("server_model" if self._scheme.merge == "server" else "global")
 
-    def views(self) -> Mapping[str, StateDict]:
+    @property
+    def views(self) -> tuple[str, ...]:
         """Global model, and server model (the global model under the server mask)."""
+        return ("global", "server_model")
+
+    def view(self, name: str) -> StateDict:
+        """See :class:`~fedveil.schemes.base.ServerSide`."""
+        if name == "global":
+            return self._global.export()
         kept = {name: Release(units, 1.0) for name, units in self._masks.server().items()}
         selection = Selection(self._groups, kept, self._global.shapes)
         server = {name: torch.zeros_like(t) for name, t in self._global.tensors.items()}
         for name, tensor in self._global.tensors.items():
             selection.scatter(name, selection.gather(name, tensor), server[name])
-        return {"global": self._global.export(), "server_model": self._global.export(server)}
+        return self._global.export(server)
 
     def state(self) -> ServerState:
         """Global model, round and who belongs to which group; masks follow from the secret."""
