@@ -5,6 +5,7 @@ only a proxy, some units withheld and the rest quantized, clients train their pr
 updates, and the server adds these to the full-precision model that nobody else ever holds.
 """
 
+from fedveil.aggregation import Mean, RegMean
 from fedveil.engine import Evaluation, Observer, RoundRecord
 from fedveil.errors import (
     CheckpointError,
@@ -33,8 +34,10 @@ __all__ = [
     "Federation",
     "FedveilError",
     "ImageClassification",
+    "Mean",
     "Observer",
     "ProtocolError",
+    "RegMean",
     "Result",
     "RoundRecord",
     "Scheme",

@@ -79,6 +79,10 @@ class Federation:
         test: The owner's test set; without it nothing is measured.
         evaluation: What is measured, and how often.
         clients_per_round: How many clients take part in a round; None for all.
+        releases: How many proxies one client may be sent in all rounds together, counted over
+            resumed runs too; None for any number. What a proxy shows is one round behind the model,
+            so with ``releases=1`` nobody is shown anything of what a second round would add to his
+            own. A client that fails after it was sent its proxy has used it up.
         secret: The federation secret. None draws a new one, which is then lost: a run that is to
             be resumed or repeated needs its secret kept by you.
         seed: Decides sampling, batch order and dropout; nothing secret.
@@ -108,6 +112,7 @@ class Federation:
         test: Rows | None = None,
         evaluation: Evaluation | None = None,
         clients_per_round: int | None = None,
+        releases: int | None = None,
         secret: Secret | None = None,
         seed: int = 0,
         workers: int = 1,
@@ -119,6 +124,7 @@ class Federation:
         self.training = training or Training()
         named = _name_clients(clients)
         _check_count("clients_per_round", clients_per_round, len(named))
+        _check_count("releases", releases, None)
         _check_count("workers", workers, None)
         if keep_messages and out is None:
             raise ConfigurationError(
@@ -129,7 +135,8 @@ class Federation:
         self._secret = secret or Secret.generate()
         self._model = copy.deepcopy(model)
         self._seed, self._workers = seed, workers
-        self._clients_per_round, self._evaluation = clients_per_round, evaluation or Evaluation()
+        self._clients_per_round, self._releases = clients_per_round, releases
+        self._evaluation = evaluation or Evaluation()
         self._out, self._keep_messages = (Path(out) if out is not None else None), keep_messages
         self._observer = observer or Observer()
         self._task = task
@@ -149,6 +156,7 @@ class Federation:
             overwrite: Remove an earlier run from ``out`` first.
 
         Raises:
+            ConfigurationError: If the rounds need more releases than clients may be sent.
             CheckpointError: If ``out`` already holds a run and neither of the two is set, or its
                 checkpoint belongs to another configuration or is damaged.
             FedveilError: If no client gave a usable reply in a round.
@@ -170,6 +178,7 @@ class Federation:
             configuration=self.configuration(),
             seed=self._seed,
             clients_per_round=self._clients_per_round,
+            releases=self._releases,
             workers=self._workers,
             evaluation=self._evaluation,
             folder=self._out,
@@ -189,6 +198,7 @@ class Federation:
             "training": asdict(self.training),
             "clients": {name: t.examples for name, t in sorted(self._trainers.items())},
             "clients_per_round": self._clients_per_round,
+            "releases": self._releases,
             "seed": self._seed,
             "secret": self._secret.fingerprint(),
             "model": _fingerprint(self._model),

@@ -67,6 +67,11 @@ class Masking:
                 found=repr(self.groups),
             )
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether clients share a few masks, rather than each having its own."""
+        return self.policy == "grouped" or self.client == 0
+
 
 @dataclass(frozen=True)
 class Release:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedveil import ConfigurationError, Evaluation, FedAvg, FedQSN, Training
+from fedveil import ConfigurationError, Evaluation, FedAvg, FedQSN, RegMean, Training
 from fedveil.config import load_config
 
 BASE = {
@@ -31,6 +31,8 @@ def spell(value):
         return f'"{value}"'
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(spell, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {spell(inner)}' for key, inner in value.items())}}}"
     return repr(value)
 
 
@@ -167,6 +169,14 @@ def test_change_is_checked_and_leaves_the_rest(read):
 
 
 rates = st.floats(0, 0.99)
+aggregations = st.just("mean") | st.builds(
+    RegMean,
+    off_diagonal=st.floats(0, 1),
+    ridge=st.floats(0, 10),
+    form=st.sampled_from(["blocks", "low-rank"]),
+    bits=st.sampled_from([None, 4, 8]),
+    clip=st.none() | st.floats(0.1, 10),
+)
 schemes = st.builds(
     FedQSN,
     server_mask=rates,
@@ -177,6 +187,7 @@ schemes = st.builds(
     draw=st.sampled_from(["exact", "bernoulli"]),
     unbiased=st.booleans(),
     merge=st.sampled_from(["original", "server"]),
+    aggregation=aggregations,
 )
 trainings = st.builds(
     Training,
@@ -195,6 +206,25 @@ def test_every_setting_survives_the_file(read, scheme, training):
     config = read(scheme=written, training=dataclasses.asdict(training) | {"epochs": None})
     assert config.scheme == scheme
     assert config.training == training
+
+
+def test_an_aggregation_is_a_word_or_a_table(read):
+    assert read(scheme={"aggregation": "regmean"}).scheme.aggregation == RegMean()
+    settings = {"name": "regmean", "ridge": 0.5}
+    assert read(scheme={"aggregation": settings}).scheme.aggregation == RegMean(ridge=0.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ("median", "aggregation"),
+        ({"name": "regmaen"}, "regmean"),
+        ({"name": "regmean", "rigde": 1}, "ridge"),
+        ({"name": "regmean", "ridge": -1.0}, "ridge"),
+    ],
+)
+def test_a_wrong_aggregation_is_named(read, value, named):
+    assert named in refusal(read, scheme={"aggregation": value})
 
 
 @given(key=st.from_regex(r"[a-z_]{1,12}", fullmatch=True), table=st.sampled_from(

@@ -8,6 +8,7 @@ from toys import (
     CHOICES,
     SECRET,
     Nudge,
+    TrainBy,
     bare,
     convnet,
     federation,
@@ -177,7 +178,7 @@ class TestClient:
                 optimizer.zero_grad()
             return Nudge(size=0.0)(net)
 
-        reply = scheme.client().fit(proxy, model, train)
+        reply = scheme.client().fit(proxy, model, TrainBy(train))
         assert reply.sections
         for name, mask in withheld(proxy, model, "neurons").items():
             assert not bool(weights(model)[name][mask].any()), name
@@ -191,7 +192,7 @@ class TestClient:
                 net[5].bias += 1
             return Nudge(size=0.0)(net)
 
-        reply = FedQSN().client().fit(server.release("a"), bare(mlp()), train)
+        reply = FedQSN().client().fit(server.release("a"), bare(mlp()), TrainBy(train))
         assert set(reply.sections) == {"5.bias"}
 
 

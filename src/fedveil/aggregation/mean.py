@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedveil.aggregation.base import Average, Observed, Replay
 from fedveil.selection import Selection
+from fedveil.wire import Message, Section
 
-__all__ = ["AVERAGES", "Average", "StreamingMean"]
+__all__ = ["Mean", "StreamingMean"]
 
-Average = Literal["holders", "participants"]
-AVERAGES = ("holders", "participants")
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of updates, weighted by examples (FedAvg, 1602.05629)."""
+
+    name: str = field(default="mean", init=False)
+
+    def observe(
+        self, model: nn.Module, replay: Replay, changed: Collection[str], selection: Selection
+    ) -> Observed:
+        """Nothing: a mean needs updates only."""
+        return Observed()
+
+    def sums(
+        self,
+        model: nn.Module,
+        shapes: Mapping[str, torch.Size],
+        average: Average,
+        shared_masks: bool,
+    ) -> Callable[[], StreamingMean]:
+        """See :class:`~fedveil.aggregation.base.Aggregation`."""
+        return partial(StreamingMean, shapes, average)
 
 
 class StreamingMean:
@@ -39,7 +62,17 @@ class StreamingMean:
         self.total_weight = 0.0
         self.clients = 0
 
-    def add(self, updates: Mapping[str, Tensor], selection: Selection, weight: float) -> None:
+    def read(self, reply: Message, selection: Selection) -> tuple[dict[str, Section], None]:
+        """All sections are updates."""
+        return dict(reply.sections), None
+
+    def add(
+        self,
+        updates: Mapping[str, Tensor],
+        selection: Selection,
+        weight: float,
+        statistics: None = None,
+    ) -> None:
         """Add one client's updates, given on released elements only, at their released shapes.
 
         A tensor that is missing did not change: its update is zero and its weight counts.

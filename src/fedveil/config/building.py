@@ -44,6 +44,7 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
         test=rows.test,
         evaluation=config.evaluation,
         clients_per_round=config.federation.clients_per_round,
+        releases=config.federation.releases,
         secret=open_secret(config),
         seed=seed,
         workers=config.federation.workers,

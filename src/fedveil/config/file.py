@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fedveil.aggregation import AGGREGATIONS, RegMean
 from fedveil.config.problems import Problems
 from fedveil.config.tables import (
     DataTable,
@@ -178,6 +179,8 @@ def _read_scheme(values: Mapping[str, Any], problems: Problems) -> tuple[Any, st
     if name not in scheme_names():
         problems.add_unknown("scheme", "scheme", str(name), scheme_names())
         return None, ""
+    if isinstance(aggregation := fields.get("aggregation"), dict):
+        fields["aggregation"] = _read_aggregation(aggregation, problems)
     kind = scheme_class(name)
     if preset is None:
         return _read_settings(kind, "scheme", fields, problems), name
@@ -190,6 +193,17 @@ def _read_scheme(values: Mapping[str, Any], problems: Problems) -> tuple[Any, st
         return None, ""
     scheme = _read_settings(presets[preset], "scheme", fields, problems, fields_of=kind)
     return scheme, f"{name}-{preset}"
+
+
+def _read_aggregation(values: Mapping[str, Any], problems: Problems) -> Any:
+    """The table [scheme.aggregation]."""
+    fields = dict(values)
+    name = fields.pop("name", RegMean().name)
+    if name not in AGGREGATIONS:
+        problems.add_unknown("aggregation", "scheme.aggregation", str(name), AGGREGATIONS)
+        return "mean"
+    read = _read_settings(AGGREGATIONS[name], "scheme.aggregation", fields, problems)
+    return "mean" if read is None else read
 
 
 def _read_clients(values: Mapping[str, Any], problems: Problems) -> dict[str, str]:

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, create_model
 
+from fedveil.aggregation import Aggregation
+
 __all__ = [
     "DataTable",
     "FederationTable",
@@ -108,6 +110,7 @@ class FederationTable(Table):
     Attributes:
         rounds: Rounds in all.
         clients_per_round: Clients that take part in a round; all by default.
+        releases: How many proxies one client may be sent in all rounds together.
         seed: Decides sampling, batch order, a new head and drawn subsets; nothing secret.
         workers: Client processes.
         secret_file: Where the federation secret is; made on the first run.
@@ -117,6 +120,7 @@ class FederationTable(Table):
 
     rounds: AtLeastOne = 5
     clients_per_round: AtLeastOne | None = None
+    releases: AtLeastOne | None = None
     seed: Seed = 0
     workers: AtLeastOne = 1
     secret_file: Word = "federation.secret"  # noqa: S105  the name of a file
@@ -131,7 +135,7 @@ def table_of(settings: type) -> type[Table]:
     """
     hints = get_type_hints(settings, include_extras=True)
     fields: dict[str, Any] = {}
-    for field in dataclasses.fields(settings):
+    for field in (field for field in dataclasses.fields(settings) if field.init):
         fields[field.name] = (_as_written(hints[field.name]), _default(field))
     return create_model(settings.__name__, __base__=Table, **fields)
 
@@ -149,6 +153,8 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _as_written(hint: Any) -> Any:
     """The type that a value has in TOML: arrays for tuples, "none" for None."""
+    if hint == Aggregation | str:
+        return Any  # a word or a table of its own, which is read before
     if get_origin(hint) is tuple:
         return Annotated[hint, Strict(False)]
     if get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint):

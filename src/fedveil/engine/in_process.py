@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ class InProcess:
         configuration: What a checkpoint must agree with to be resumed.
         seed: Decides sampling, batch order and dropout; nothing secret.
         clients_per_round: How many clients take part in a round; None for all.
+        releases: How many proxies one client may be sent in all rounds together; None for any.
         workers: Client processes.
         evaluation: What is measured.
         folder: Where ``metrics.jsonl``, checkpoints and messages go; None writes nothing.
@@ -86,6 +88,7 @@ class InProcess:
     configuration: Mapping[str, Any]
     seed: int
     clients_per_round: int | None
+    releases: int | None
     workers: int
     evaluation: Evaluation
     folder: Path | None
@@ -97,16 +100,19 @@ class InProcess:
 
         Raises:
             CheckpointError: If a checkpoint is in the way, damaged, foreign, or cannot be written.
+            ConfigurationError: If so many rounds need more releases than clients may be sent.
             FedveilError: If no client at all gave a usable reply in a round.
         """
         records = self._take_up(resume)
         self._write_metrics(records)
+        self._check_budget(rounds)
         self.observer.run_started(rounds, len(records))
         if len(records) >= rounds:
             return records
         with crew(self.place, self.workers) as clients:
             for number in range(len(records) + 1, rounds + 1):
-                record = self._round(number, rounds, clients)
+                sampled = self._sample(number, records)
+                record = self._round(number, rounds, sampled, clients)
                 records.append(record)
                 self._save(records)
                 self.observer.round_finished(record)
@@ -120,10 +126,11 @@ class InProcess:
         with threads(_MEASURING_THREADS):
             return evaluate(model, self.place.task, self.place.test)
 
-    def _round(self, number: int, rounds: int, clients: Crew) -> RoundRecord:
+    def _round(
+        self, number: int, rounds: int, sampled: Sequence[str], clients: Crew
+    ) -> RoundRecord:
         started = time.perf_counter()
         record = RoundRecord(number)
-        sampled = self._sample(number)
         self.observer.round_started(number, len(sampled))
         self.server.begin_round(number)
         answers, failures = [], []
@@ -139,10 +146,29 @@ class InProcess:
         record.seconds = time.perf_counter() - started
         return record
 
-    def _sample(self, number: int) -> list[str]:
+    @property
+    def _wanted(self) -> int:
+        return self.clients_per_round or len(self.place.trainers)
+
+    def _check_budget(self, rounds: int) -> None:
+        allowed = len(self.place.trainers) * (self.releases or rounds)
+        if rounds * self._wanted > allowed:
+            raise ConfigurationError(
+                "So many rounds need more releases than clients may be sent",
+                expected=f"at most {allowed // self._wanted} rounds of {self._wanted} clients",
+                found=f"{rounds} rounds with releases={self.releases}",
+                fix="Take fewer rounds with more local steps, fewer clients_per_round, or raise "
+                "releases.",
+            )
+
+    def _sample(self, number: int, records: Sequence[RoundRecord]) -> list[str]:
+        """Clients of a round; under a limit, those come first who were sent least so far."""
         names = sorted(self.place.trainers)
-        count = self.clients_per_round or len(names)
-        return random.Random(f"{self.seed}/sample/{number}").sample(names, count)  # noqa: S311
+        dice = random.Random(f"{self.seed}/sample/{number}")  # noqa: S311
+        if self.releases is None:
+            return dice.sample(names, self._wanted)
+        sent = Counter(name for record in records for name in record.bytes_down)
+        return sorted(dice.sample(names, len(names)), key=sent.__getitem__)[: self._wanted]
 
     def _jobs(self, record: RoundRecord, sampled: Sequence[str], rounds: int) -> Iterator[Job]:
         measured = set(sampled[: self.evaluation.proxies])

@@ -13,7 +13,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Protocol
@@ -23,7 +22,7 @@ from torch import nn
 
 from fedveil.errors import FedveilError, TrainingError
 from fedveil.schemes import ClientSide
-from fedveil.training import Prepared, Task, Trainer, evaluate
+from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
 from fedveil.wire import Message
 
 __all__ = ["Answer", "Crew", "Job", "Workplace", "crew", "start_importing", "threads"]
@@ -76,8 +75,8 @@ def work(place: Workplace, job: Job) -> Answer:
     try:
         message = Message.from_bytes(job.proxy)
         before = _measure_received(place, message) if "before" in job.measure else None
-        trainer = partial(place.trainers[job.client].train, seed=job.seed)
-        reply = place.side.fit(message, place.architecture, trainer).to_bytes()
+        run = LocalRun(place.trainers[job.client], job.seed)
+        reply = place.side.fit(message, place.architecture, run).to_bytes()
         after = _measure(place) if "after" in job.measure else None
     except FedveilError as error:
         return Answer(job.client, None, error)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedveil.secret import Secret
 from fedveil.state import StateDict
@@ -43,6 +43,12 @@ class LocalTrainer(Protocol):
 
     def __call__(self, model: nn.Module) -> LocalRecord:
         """Train ``model`` and say what was done."""
+
+    def replay(self, model: nn.Module, examples: int) -> Iterator[Mapping[str, Tensor]]:
+        """Run ``model`` on at most so many of the client's examples, without training it.
+
+        Hands out each batch just before the model gets it.
+        """
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from fedveil.aggregation import Aggregation, Mean
 from fedveil.errors import ProtocolError
 from fedveil.masking import Release
 from fedveil.quantization import QuantizedTensor
@@ -17,7 +18,7 @@ from fedveil.selection import Selection
 from fedveil.state import read_state, wipe
 from fedveil.units import UnitGroup
 from fedveil.updates import UpdateCodec
-from fedveil.wire import Dense, Message, UnitIndex
+from fedveil.wire import Dense, Message, Section, UnitIndex
 
 __all__ = ["UNIT_PREFIX", "ProxyClient", "read_part"]
 
@@ -33,6 +34,7 @@ class ProxyClient:
         scheme: Name of the scheme it speaks.
         find_groups: The unit groups of an architecture; the same function as on the server.
         codec: How updates are encoded.
+        aggregation: What else the server needs to combine them.
 
     Does NOT protect the client's data from the server: the update is exact, or quantized by
     ``codec``. Withheld units take no part in training: they are zero, and stay so.
@@ -41,6 +43,7 @@ class ProxyClient:
     scheme: str
     find_groups: Callable[[nn.Module], Sequence[UnitGroup]]
     codec: UpdateCodec
+    aggregation: Aggregation = field(default_factory=Mean)
 
     def load(self, message: Message, model: nn.Module) -> None:
         """See :class:`~fedveil.schemes.base.ClientSide`."""
@@ -54,19 +57,27 @@ class ProxyClient:
         start = {name: selection.gather(name, own[name]).clone() for name in parts}
         with _withheld_units_still(model, selection):
             record = trainer(model)
-        sections = {}
+        sections: dict[str, Section] = {}
         for name, before in start.items():
             update = _difference(selection.gather(name, own[name]), before)
             if update is not None:
                 axis = next(iter(selection.positions(name)), 0)
                 sections[name] = self.codec.encode(update, axis)
+        observed = self.aggregation.observe(model, trainer.replay, sections.keys(), selection)
         scalars = {
             "examples": record.examples,
             "steps": record.steps,
             "loss_first": float(record.loss_first),
             "loss_last": float(record.loss_last),
         }
-        return Message("update", self.scheme, message.round, message.client, sections, scalars)
+        return Message(
+            "update",
+            self.scheme,
+            message.round,
+            message.client,
+            {**sections, **observed.sections},
+            {**scalars, **observed.scalars},
+        )
 
     def _load(self, message: Message, model: nn.Module) -> tuple[Selection, Mapping[str, Tensor]]:
         if (message.kind, message.scheme) != ("proxy", self.scheme):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from fedveil.aggregation import StreamingMean
+from fedveil.aggregation import Aggregation, aggregation_of
 from fedveil.schemes.base import Metrics, Scheme, ServerState
 from fedveil.schemes.client import ProxyClient
 from fedveil.schemes.global_model import GlobalModel
@@ -32,12 +32,15 @@ class FedAvg(Scheme):
 
     Attributes:
         update_bits: Quantize updates on the way up (2, 3, 4 or 8 bits); None sends float32.
+        aggregation: How updates become one: "mean", "regmean", or a
+            :class:`~fedveil.aggregation.RegMean` with its settings.
 
     Does NOT protect: anything of the model. It is here to be compared with.
     """
 
     name: ClassVar[str] = "fedavg"
     update_bits: int | None = None
+    aggregation: Aggregation | str = "mean"
 
     @property
     def codec(self) -> UpdateCodec:
@@ -46,6 +49,7 @@ class FedAvg(Scheme):
 
     def __post_init__(self) -> None:
         _ = self.codec  # checks update_bits
+        object.__setattr__(self, "aggregation", aggregation_of(self.aggregation))
 
     def server(self, model: nn.Module, secret: Secret) -> FedAvgServer:
         """See :meth:`Scheme.server`; the secret is not used."""
@@ -53,7 +57,7 @@ class FedAvg(Scheme):
 
     def client(self) -> ProxyClient:
         """See :meth:`Scheme.client`."""
-        return ProxyClient(self.name, _no_groups, self.codec)
+        return ProxyClient(self.name, _no_groups, self.codec, aggregation_of(self.aggregation))
 
 
 class FedAvgServer:
@@ -64,12 +68,15 @@ class FedAvgServer:
         self._ledger = RoundLedger[bool](scheme.name)
         self._everything = Selection((), {}, {})
         self._sections: dict[str, Dense] = {}
-        self._mean = self._new_mean()
+        shapes = {name: tensor.shape for name, tensor in self._global.floating()}
+        aggregation = aggregation_of(scheme.aggregation)
+        self._new_sums = aggregation.sums(model, shapes, "holders", shared_masks=True)
+        self._sums = self._new_sums()
 
     def begin_round(self, number: int) -> None:
         """Open a round."""
         self._ledger.begin(number)
-        self._mean = self._new_mean()
+        self._sums = self._new_sums()
         # A copy, once per round: a message that someone keeps must not change with the model.
         self._sections = {name: Dense(tensor) for name, tensor in self._global.export().items()}
 
@@ -82,16 +89,17 @@ class FedAvgServer:
         """Add one update to the sum."""
         self._ledger.expect(client, reply, weight)
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
-        updates = self._scheme.codec.decode_all(reply.sections, shapes)
+        sections, statistics = self._sums.read(reply, self._everything)
+        updates = self._scheme.codec.decode_all(sections, shapes)
         self._ledger.accept(client)
-        self._mean.add(updates, self._everything, weight)
+        self._sums.add(updates, self._everything, weight, statistics)
 
     def end_round(self) -> Metrics:
         """Add the mean update to the model."""
         self._ledger.end()
-        norm = self._global.apply(self._mean) if self._mean.clients else 0.0
+        norm = self._global.apply(self._sums) if self._sums.clients else 0.0
         self._sections = {}
-        return {"clients": self._mean.clients, "update_norm": norm}
+        return {"clients": self._sums.clients, "update_norm": norm}
 
     def final(self) -> StateDict:
         """The global model."""
@@ -114,9 +122,6 @@ class FedAvgServer:
         """See :class:`~fedveil.schemes.base.ServerSide`."""
         self._global.restore(state.tensors)
         self._ledger.round = int(state.values["round"])
-
-    def _new_mean(self) -> StreamingMean:
-        return StreamingMean({name: t.shape for name, t in self._global.floating()})
 
 
 def _no_groups(model: nn.Module) -> tuple[UnitGroup, ...]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fedveil.aggregation import AVERAGES, Average, StreamingMean
+from fedveil.aggregation import AVERAGES, Aggregation, Average, aggregation_of
 from fedveil.errors import ConfigurationError
 from fedveil.masking import Draw, Masking, Masks, Policy, Release
 from fedveil.quantization import QuantizedTensor, quantize
@@ -52,6 +52,8 @@ class FedQSN(Scheme):
         draw: ``"exact"`` counts or ``"bernoulli"`` draws.
         unbiased: Scale released units by 1/(1 - p), as the paper does.
         average: Mean of updates over ``"holders"`` of a unit, or over all ``"participants"``.
+        aggregation: How updates become one: "mean", "regmean", or a
+            :class:`~fedveil.aggregation.RegMean` with its settings.
         merge: The final model: ``"original"`` keeps the owner's values of never-released units (the
             paper), ``"server"`` leaves them out, as in the model that was trained around them.
         update_bits: Quantize updates on the way up; None sends float32.
@@ -73,6 +75,7 @@ class FedQSN(Scheme):
     draw: Draw = "exact"
     unbiased: bool = False
     average: Average = "holders"
+    aggregation: Aggregation | str = "mean"
     merge: Merge = "original"
     update_bits: int | None = None
     block: int = 64
@@ -82,6 +85,7 @@ class FedQSN(Scheme):
         _check_word("average", self.average, AVERAGES)
         _check_word("merge", self.merge, MERGES)
         _ = self.masking, self.codec  # check the rest
+        object.__setattr__(self, "aggregation", aggregation_of(self.aggregation))
 
     @classmethod
     def paper(cls, **changes: Any) -> FedQSN:
@@ -124,7 +128,8 @@ class FedQSN(Scheme):
 
     def client(self) -> ProxyClient:
         """See :meth:`Scheme.client`."""
-        return ProxyClient(self.name, partial(find_units, choice=self.units), self.codec)
+        find_groups = partial(find_units, choice=self.units)
+        return ProxyClient(self.name, find_groups, self.codec, aggregation_of(self.aggregation))
 
 
 class FedQSNServer:
@@ -137,12 +142,16 @@ class FedQSNServer:
         self._masks = Masks(self._groups, scheme.masking, secret)
         self._ledger = RoundLedger[_Sent](scheme.name)
         self._packed: dict[str, QuantizedTensor] = {}
-        self._mean = self._new_mean()
+        shapes = {name: tensor.shape for name, tensor in self._global.floating()}
+        self._new_sums = aggregation_of(scheme.aggregation).sums(
+            model, shapes, scheme.average, shared_masks=scheme.masking.is_shared
+        )
+        self._sums = self._new_sums()
 
     def begin_round(self, number: int) -> None:
         """Quantize the global model once for all clients of the round."""
         self._ledger.begin(number)
-        self._mean = self._new_mean()
+        self._sums = self._new_sums()
         self._packed = {
             name: quantize(tensor, bits=self._bits, axis=axis, block=self._scheme.block)
             for name, tensor in self._global.floating()
@@ -167,17 +176,18 @@ class FedQSNServer:
         """Add one update to the sums, on the units that this client held."""
         selection = self._ledger.expect(client, reply, weight).selection
         shapes = {n: selection.shape(n, tensor.shape) for n, tensor in self._global.floating()}
-        updates = self._scheme.codec.decode_all(reply.sections, shapes)
+        parts, statistics = self._sums.read(reply, selection)
+        updates = self._scheme.codec.decode_all(parts, shapes)
         self._ledger.accept(client)
         unscaled = {name: selection.unscale(name, update) for name, update in updates.items()}
-        self._mean.add(unscaled, selection, weight)
+        self._sums.add(unscaled, selection, weight, statistics)
 
     def end_round(self) -> Metrics:
         """Add the mean update to the full-precision weights."""
         self._ledger.end()
-        norm = self._global.apply(self._mean) if self._mean.clients else 0.0
+        norm = self._global.apply(self._sums) if self._sums.clients else 0.0
         self._packed = {}
-        return {"clients": self._mean.clients, "update_norm": norm}
+        return {"clients": self._sums.clients, "update_norm": norm}
 
     def final(self) -> StateDict:
         """The merged model.
@@ -245,10 +255,6 @@ class FedQSNServer:
         if not self._is_quantized(name) or len(axes) > 1:
             return None
         return next(iter(axes), 0)
-
-    def _new_mean(self) -> StreamingMean:
-        shapes = {name: tensor.shape for name, tensor in self._global.floating()}
-        return StreamingMean(shapes, self._scheme.average)
 
 
 @dataclass(frozen=True)

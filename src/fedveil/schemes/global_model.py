@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fedveil.aggregation import StreamingMean
+from fedveil.aggregation import Sums
 from fedveil.errors import CheckpointError
 from fedveil.state import StateDict, check_trainable, read_state, working_copy
 
@@ -34,11 +34,11 @@ class GlobalModel:
         """The tensors that are trained."""
         return ((name, t) for name, t in self.tensors.items() if t.is_floating_point())
 
-    def apply(self, mean: StreamingMean) -> float:
+    def apply(self, sums: Sums) -> float:
         """Add the mean updates of a round; returns the l2 norm of what was added."""
         squared = 0.0
         for name, tensor in self.floating():
-            step = mean.mean(name)
+            step = sums.mean(name)
             if step is not None:
                 tensor += step
                 squared += float(step.square().sum(dtype=torch.float64))

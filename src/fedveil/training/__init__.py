@@ -9,11 +9,12 @@ from fedveil.training.images import ImageClassification
 from fedveil.training.settings import Training
 from fedveil.training.tasks import Dataset, Measure, Prepared, Task
 from fedveil.training.text import TextClassification
-from fedveil.training.trainer import Trainer, TrainingRecord
+from fedveil.training.trainer import LocalRun, Trainer, TrainingRecord
 
 __all__ = [
     "Dataset",
     "ImageClassification",
+    "LocalRun",
     "Measure",
     "Prepared",
     "Task",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, TrainingError
 from fedveil.training.batches import Batches, has_batch_norm
-from fedveil.training.modes import only_trainable, seeded, training_mode
+from fedveil.training.modes import evaluation_mode, only_trainable, seeded, training_mode
 from fedveil.training.settings import Training
 from fedveil.training.tasks import Batch, Dataset, Prepared, Task, device_of, to_device
 
-__all__ = ["Trainer", "TrainingRecord"]
+__all__ = ["LocalRun", "Trainer", "TrainingRecord"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,22 @@ class TrainingRecord:
     steps: int
     loss_first: float
     loss_last: float
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """One client's training in one round, as a scheme's client side calls it."""
+
+    trainer: Trainer
+    seed: int
+
+    def __call__(self, model: nn.Module) -> TrainingRecord:
+        """See :meth:`Trainer.train`."""
+        return self.trainer.train(model, seed=self.seed)
+
+    def replay(self, model: nn.Module, examples: int) -> Iterator[Batch]:
+        """See :meth:`Trainer.replay`."""
+        return self.trainer.replay(model, examples)
 
 
 class Trainer:
@@ -132,6 +149,27 @@ class Trainer:
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
         return TrainingRecord(self.examples, steps, losses[0], losses[-1])
+
+    def replay(self, model: nn.Module, examples: int, *, batch_size: int = 32) -> Iterator[Batch]:
+        """Run `model` on the client's own data without training it, for someone who watches it.
+
+        Args:
+            model: The model, where it is.
+            examples: Run at most this many examples, spread evenly over the data set.
+            batch_size: Examples at a time.
+
+        Yields:
+            Each batch just before the model gets it.
+        """
+        count = min(examples, self.examples)
+        chosen = [index * self.examples // count for index in range(count)]
+        with evaluation_mode(model):
+            for start in range(0, count, batch_size):
+                rows = self._data.select(chosen[start : start + batch_size])
+                batch = to_device(self.task.collate(rows), device_of(model))
+                yield batch
+                with torch.no_grad():
+                    self.task.loss(model, batch)
 
     @property
     def _max_norm(self) -> float:

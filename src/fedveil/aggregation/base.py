@@ -1,0 +1,71 @@
+"""What schemes ask of an aggregation: something to measure on clients, and running sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedveil.selection import Selection
+from fedveil.wire import Message, Section
+
+__all__ = ["AVERAGES", "Aggregation", "Average", "Observed", "Replay", "Sums"]
+
+Average = Literal["holders", "participants"]
+AVERAGES = ("holders", "participants")
+
+Replay = Callable[[nn.Module, int], Iterator[Mapping[str, Tensor]]]
+"""Runs a model, without training it, on at most so many of a client's own examples: it hands out
+each batch just before the model gets it."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a client adds to its reply beside its update."""
+
+    sections: Mapping[str, Section] = field(default_factory=dict)
+    scalars: Mapping[str, str] = field(default_factory=dict)
+
+
+class Sums(Protocol):
+    """A round's replies as running sums: no single client's is kept."""
+
+    @property
+    def clients(self) -> int:
+        """How many clients' updates are in the sums."""
+
+    def read(self, reply: Message, selection: Selection) -> tuple[dict[str, Section], Any]:
+        """The sections of a reply that are updates, and the statistics beside them, checked.
+
+        Raises:
+            ProtocolError: If the statistics are not those awaited.
+        """
+
+    def add(
+        self, updates: Mapping[str, Tensor], selection: Selection, weight: float, statistics: Any
+    ) -> None:
+        """Add one client's updates, on released elements, and its statistics."""
+
+    def mean(self, name: str) -> Tensor | None:
+        """The step of one tensor at its full shape, or None if no client changed it."""
+
+
+class Aggregation(Protocol):
+    """How the updates of a round become one step. A frozen dataclass: its fields configure it."""
+
+    def observe(
+        self, model: nn.Module, replay: Replay, changed: Collection[str], selection: Selection
+    ) -> Observed:
+        """On a client, after training: what to send beside the updates of ``changed`` tensors."""
+
+    def sums(
+        self,
+        model: nn.Module,
+        shapes: Mapping[str, torch.Size],
+        average: Average,
+        shared_masks: bool,
+    ) -> Callable[[], Sums]:
+        """On the server: makes empty sums for a round, over tensors of these shapes."""

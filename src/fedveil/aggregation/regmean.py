@@ -1,0 +1,305 @@
+"""RegMean (Jin et al., 2212.09849): merge linear layers by least squares, in delta form.
+
+Each linear layer takes the step that fits best what all clients' updates do to their own inputs,
+
+    X = (sum_k w_k G_k)^-1 sum_k w_k G_k D_k,      G_k = X_k^T X_k / n_k,
+
+with D_k the update [inputs, outputs], w_k the client's weight and G_k the Gram of the inputs that
+the layer sees on the client's data. Everything else is averaged. Two sums per layer are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fedveil.aggregation.base import Average, Observed, Replay
+from fedveil.aggregation.codec import GramCodec
+from fedveil.aggregation.gram import FORMS, Form, Gram, block_bounds, restrict
+from fedveil.aggregation.linear import LinearLayer, linear_layers
+from fedveil.aggregation.mean import StreamingMean
+from fedveil.aggregation.observe import GramHooks
+from fedveil.errors import ConfigurationError
+from fedveil.selection import Selection
+from fedveil.updates import check_bits
+from fedveil.wire import Message, Section
+
+__all__ = ["RegMean", "RegMeanSums"]
+
+
+@dataclass(frozen=True)
+class RegMean:
+    """How Grams are taken, travel and are used.
+
+    Attributes:
+        off_diagonal: Factor of a Gram's off-diagonals, 0 to 1 (the paper: 0.1 to 1, by model). At 0
+            each input is weighted by its own strength only.
+        ridge: Added to a client's diagonal, as a share of its mean. Directions that no client's
+            data excites take the mean of the updates.
+        examples: A client looks at no more of its examples than this.
+        form: A Gram wider than ``size`` travels as ``"blocks"`` of at most ``size`` inputs, or
+            ``"low-rank"``: of rank ``size``, with its exact diagonal.
+        size: See ``form``.
+        bits: Bits per correlation on the wire (2, 3, 4 or 8); None for float32.
+        clip: Bound on the mean square of what one example gives a layer; an example beyond it is
+            scaled down to it. None for no bound.
+        noise: Gaussian noise on a Gram, as a multiple of how far one example can move it. Needs
+            ``clip``, and a Gram in blocks.
+
+    Does NOT protect: a Gram is a statistic of private data, and the server sees one per layer and
+    round; docs/regmean.md says what it reveals. ``noise`` covers one Gram: those of all layers and
+    rounds compose, and it does nothing about the update that travels beside it.
+    """
+
+    name: str = field(default="regmean", init=False)
+    off_diagonal: float = 0.9
+    ridge: float = 1e-3
+    examples: int = 256
+    form: Form = "blocks"
+    size: int = 2048
+    bits: int | None = 8
+    clip: float | None = None
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_number("off_diagonal", self.off_diagonal, 0.0, 1.0)
+        for name in ("ridge", "noise"):
+            _check_number(name, getattr(self, name), 0.0, math.inf)
+        for name in ("examples", "size"):
+            _check_count(name, getattr(self, name))
+        check_bits(self.bits, "bits")
+        if self.form not in FORMS:
+            raise _impossible("form", " or ".join(map(repr, FORMS)), self.form)
+        if self.clip is not None:
+            _check_number("clip", self.clip, 1e-12, math.inf)
+        if self.noise and (self.clip is None or self.form == "low-rank"):
+            raise _impossible("noise", "0, or a clip and form='blocks' beside it", self.noise)
+
+    @property
+    def codec(self) -> GramCodec:
+        """How Grams travel."""
+        return GramCodec(self.form, self.size, self.bits)
+
+    def observe(
+        self, model: nn.Module, replay: Replay, changed: Collection[str], selection: Selection
+    ) -> Observed:
+        """The Grams of all linear layers whose weights changed."""
+        layers = {n: layer for n, layer in linear_layers(model).items() if n in changed}
+        hooks = GramHooks(model, layers, self.form, self.size, self.clip)
+        with hooks.watching():
+            for batch in replay(model, self.examples):
+                hooks.begin_batch(batch.get("attention_mask"))
+        grams = {}
+        for name, moments in hooks.moments.items():
+            examples = hooks.examples[name]
+            # Replacing one example moves the mean by at most this much (Frobenius norm): two Grams
+            # of trace up to clip * width differ most when they have nothing in common.
+            moved = math.sqrt(2) * (self.clip or 0.0) * moments.width / examples
+            inputs = layers[name].inputs(selection)
+            grams[name] = moments.gram(examples, inputs, self.noise * moved)
+        return self.codec.encode(grams, hooks.same_input)
+
+    def sums(
+        self,
+        model: nn.Module,
+        shapes: Mapping[str, torch.Size],
+        average: Average,
+        shared_masks: bool,
+    ) -> Callable[[], RegMeanSums]:
+        """See :class:`~fedveil.aggregation.base.Aggregation`."""
+        return partial(RegMeanSums, shapes, linear_layers(model), self, average, shared_masks)
+
+
+class RegMeanSums:
+    """A round's updates and Grams as running sums; steps by least squares.
+
+    Args:
+        shapes: Shapes of all tensors that are trained.
+        layers: Linear layers; those among ``shapes`` are solved for.
+        settings: Off-diagonal factor, ridge, form.
+        average: How everything else is averaged; see
+            :class:`~fedveil.aggregation.mean.StreamingMean`.
+        shared_masks: Whether few distinct masks are in use. Then there is a system of equations for
+            each, and each output is solved over exactly the clients that held it. Otherwise all
+            clients share one system, and an output's solution is scaled up by the share of weight
+            that held it: exact where Grams are alike.
+
+    Sums are float32, systems are solved in float64. The order of :meth:`add` changes last bits.
+
+    Does NOT protect: where a single client of a round has some mask, that sum is its own.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        layers: Mapping[str, LinearLayer],
+        settings: RegMean,
+        average: Average = "holders",
+        shared_masks: bool = True,
+    ) -> None:
+        self._layers = {name: layer for name, layer in layers.items() if name in shapes}
+        self._shapes, self._settings, self._shared = dict(shapes), settings, shared_masks
+        others = {name: shape for name, shape in shapes.items() if name not in self._layers}
+        self._others = StreamingMean(others, average)
+        self._systems: dict[str, dict[bytes, _System]] = {name: {} for name in self._layers}
+
+    @property
+    def clients(self) -> int:
+        """How many clients' updates are in the sums."""
+        return self._others.clients
+
+    def read(
+        self, reply: Message, selection: Selection
+    ) -> tuple[dict[str, Section], dict[str, Gram]]:
+        """See :class:`~fedveil.aggregation.base.Sums`."""
+        return self._settings.codec.decode(reply, self._layers, self._shapes, selection)
+
+    def add(
+        self,
+        updates: Mapping[str, Tensor],
+        selection: Selection,
+        weight: float,
+        statistics: Mapping[str, Gram],
+    ) -> None:
+        """Add one client's updates, on released elements, and its Grams by weight name.
+
+        A layer without a Gram never fired on the client's data: it counts for next to nothing.
+        """
+        others = {name: part for name, part in updates.items() if name not in self._layers}
+        self._others.add(others, selection, weight)
+        for name in self._layers.keys() & updates.keys():
+            system = self._system_of(name, selection)
+            system.add(updates[name], selection, weight, statistics.get(name))
+
+    def mean(self, name: str) -> Tensor | None:
+        """The step of one tensor at its full shape, or None if no client changed it."""
+        if name not in self._layers:
+            return self._others.mean(name)
+        systems = list(self._systems[name].values())
+        if not systems:
+            return None
+        layer, shape = self._layers[name], self._shapes[name]
+        matrix = torch.zeros(layer.matrix_shape(shape))
+        for outputs, members in _holders(systems):
+            matrix[outputs] = _solve(members, outputs)
+        return layer.weight(matrix, shape)
+
+    def _system_of(self, name: str, selection: Selection) -> _System:
+        """The system of all clients with the same outputs; a common one if each has its own."""
+        layer = self._layers[name]
+        outputs = layer.outputs(selection)
+        key = outputs.numpy().tobytes() if self._shared and outputs is not None else b""
+        systems = self._systems[name]
+        if key not in systems:
+            systems[key] = _System(layer, layer.matrix_shape(self._shapes[name]), self._settings)
+        return systems[key]
+
+
+class _System:
+    """Sums over clients for one layer: Grams, and Grams times updates, block by block."""
+
+    def __init__(self, layer: LinearLayer, shape: tuple[int, int], settings: RegMean) -> None:
+        outputs, inputs = shape
+        self._layer, self._settings = layer, settings
+        self._bounds = block_bounds(inputs, settings.form, settings.size)
+        sizes = [stop - start for start, stop in pairwise(self._bounds)]
+        self.grams = [torch.zeros(size, size) for size in sizes]
+        self.products = [torch.zeros(outputs, size) for size in sizes]
+        self.held = torch.zeros(outputs)
+        self.weight = 0.0
+
+    def add(self, update: Tensor, selection: Selection, weight: float, gram: Gram | None) -> None:
+        """Add one client's update of the weight, on released elements."""
+        matrix = self._layer.matrix(update).float()
+        inputs = self._layer.inputs(selection)
+        outputs = _all_unless(self._layer.outputs(selection), len(self.held))
+        bounds = restrict(self._bounds, inputs)
+        released = _all_unless(inputs, self._bounds[-1])
+        if gram is None:
+            gram = Gram.nothing(bounds)
+        blocks = gram.dense(self._settings.off_diagonal, self._settings.ridge)
+        for number, ((start, stop), block) in enumerate(zip(pairwise(bounds), blocks, strict=True)):
+            inside = released[start:stop] - self._bounds[number]
+            weighted = block.mul_(weight)
+            self.grams[number][inside[:, None], inside] += weighted
+            self.products[number][outputs[:, None], inside] += matrix[:, start:stop] @ weighted
+        self.held[outputs] += weight
+        self.weight += weight
+
+
+def _holders(systems: Sequence[_System]) -> Iterator[tuple[Tensor, list[_System]]]:
+    """Outputs (int64) with the systems of those that held them; outputs of nobody are left out."""
+    held = torch.stack([system.held > 0 for system in systems], dim=1).tolist()
+    outputs: dict[tuple[bool, ...], list[int]] = defaultdict(list)
+    for output, pattern in enumerate(held):
+        outputs[tuple(pattern)].append(output)
+    for pattern, those in outputs.items():
+        members = [system for system, holds in zip(systems, pattern, strict=True) if holds]
+        if members:
+            yield torch.tensor(those), members
+
+
+def _solve(members: Sequence[_System], outputs: Tensor) -> Tensor:
+    """The steps of these outputs, float32 [outputs, inputs]."""
+    # Clients of one system may have held different outputs, which then use the Gram of all of
+    # them, reduced to the share of weight that held the output.
+    held = torch.stack([m.held[outputs] for m in members]).sum(dim=0, dtype=torch.float64)
+    share = held / sum(m.weight for m in members)
+    parts = []
+    for number in range(len(members[0].grams)):
+        gram = torch.stack([m.grams[number] for m in members]).sum(dim=0, dtype=torch.float64)
+        products = torch.stack([m.products[number][outputs] for m in members])
+        product = products.sum(dim=0, dtype=torch.float64) / share[:, None]
+        parts.append(_solve_positive(gram, product.t()).t())
+    return torch.cat(parts, dim=1).float()
+
+
+def _solve_positive(gram: Tensor, right: Tensor) -> Tensor:
+    """Solve ``gram @ x = right``; inputs that nobody was sent stay at exactly zero."""
+    seen = torch.nonzero(gram.diagonal() > 0).flatten()
+    solution = torch.zeros_like(right)
+    if len(seen):
+        inner = gram[seen][:, seen]
+        solution[seen] = torch.cholesky_solve(right[seen], _cholesky(inner))
+    return solution
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """A lower triangular factor; what rounding or noise made negative is lifted first."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    lift = 1e-6 * gram.diagonal().mean()
+    while failed:
+        lifted = gram + lift * torch.eye(len(gram), dtype=gram.dtype)
+        factor, failed = torch.linalg.cholesky_ex(lifted)
+        lift *= 10
+    lower: Tensor = factor
+    return lower
+
+
+def _all_unless(positions: Tensor | None, count: int) -> Tensor:
+    return torch.arange(count) if positions is None else positions
+
+
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or value == math.inf:
+        top = f" to {high:g}" if high < math.inf else ""
+        raise _impossible(name, f"a number from {low:g}{top}", value)
+
+
+def _check_count(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise _impossible(name, "a whole number of at least 1", value)
+
+
+def _impossible(name: str, expected: str, found: object) -> ConfigurationError:
+    return ConfigurationError(
+        f"The setting {name!r} is impossible", expected=expected, found=repr(found), where="RegMean"
+    )
