@@ -9,22 +9,31 @@ Finished runs are kept in runs/recipes/results.jsonl and not repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import transformers
+from results import Results
 from rich.console import Console
 from rich.table import Table
 
-from fedveil.demo import Scene, Setting, build_federation, fast_matmul, own_data_alone, prepare
+from fedveil.demo import (
+    RELEASED_ONCE,
+    Scene,
+    Setting,
+    build_federation,
+    fast_matmul,
+    own_data_alone,
+    prepare,
+)
 from fedveil.schemes import FedAvg, FedQSN, Scheme
 
 RECIPES: dict[str, Scheme] = {
     "fedavg": FedAvg(),
     "fedqsn-paper": FedQSN.paper(),
     "fedqsn": FedQSN(),
+    "fedqsn-regmean": FedQSN(client_mask=0.0, aggregation="regmean"),
     "fedqsn, sticky masks": FedQSN(policy="sticky"),
     "fedqsn, fresh masks": FedQSN(policy="fresh"),
     "fedqsn, unbiased": FedQSN(unbiased=True),
@@ -35,12 +44,14 @@ RECIPES: dict[str, Scheme] = {
     "fedqsn, 8-bit updates": FedQSN(update_bits=8),
     "fedqsn, 4-bit updates": FedQSN(update_bits=4),
 }
+ALONE = "own data alone"
 VIEWS = ("global", "server_model", "proxy_before", "proxy_after")
 
 
 def run(name: str, scene: Scene, setting: Setting, workers: int) -> dict[str, float | None]:
     """One recipe with one seed: accuracies in percent, bytes as % of fp32."""
-    result = build_federation(scene, setting, RECIPES[name], workers).run(setting.rounds)
+    at = setting.at_once() if name in RELEASED_ONCE else setting
+    result = build_federation(scene, at, RECIPES[name], workers).run(at.rounds)
     measures = result.rounds[-1].measures
     return {
         **{view: measures.get(view, {}).get("accuracy") for view in VIEWS},
@@ -49,12 +60,11 @@ def run(name: str, scene: Scene, setting: Setting, workers: int) -> dict[str, fl
     }
 
 
-def show(results: dict[tuple[str, int], dict[str, float | None]]) -> Table:
+def show(results: Results) -> Table:
     """Mean over seeds, and the range of the global model."""
-    names = list(dict.fromkeys(name for name, _ in results))
     table = Table("recipe", "seeds", *VIEWS, "range of global", "down %", "up %")
-    for name in names:
-        rows = [values for (other, _), values in results.items() if other == name]
+    for name in results.names():
+        rows = results.of(name)
         means = [
             statistics.mean(v) if (v := [r[k] for r in rows if r.get(k) is not None]) else None
             for k in (*VIEWS, "down", "up")
@@ -76,25 +86,19 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path, console = arguments.out / "results.jsonl", Console()
-    lines = path.read_text().splitlines() if path.exists() else []
-    results = {(r["recipe"], r["seed"]): r["values"] for r in map(json.loads, lines)}
+    console, results = Console(), Results(arguments.out)
     for seed in arguments.seeds:
-        setting = replace(Setting(), seed=seed)
-        scene = None
-        for name in ["own data alone", *arguments.only]:
-            if (name, seed) in results:
+        setting, scene = replace(Setting(), seed=seed), None
+        for name in [ALONE, *arguments.only]:
+            if results.has(name, seed):
                 continue
             scene = scene or prepare(setting)
-            if name == "own data alone":
+            if name == ALONE:
                 base, alone = own_data_alone(scene, setting, arguments.workers)
                 values = {"base": base, "proxy_after": alone}
             else:
                 values = run(name, scene, setting, arguments.workers)
-            results[name, seed] = values
-            with path.open("a") as file:
-                file.write(json.dumps({"recipe": name, "seed": seed, "values": values}) + "\n")
+            results.add(name, seed, values)
             console.print(f"seed {seed}, {name}: {values}", soft_wrap=True)
     console.print(show(results))
 

@@ -122,7 +122,7 @@ def _start(
 
     [bold]Examples[/bold]
 
-      fedveil demo                   [dim]three methods side by side[/dim]
+      fedveil demo                   [dim]four methods side by side[/dim]
 
       fedveil run federation.toml    [dim]your model, your data[/dim]
 
@@ -180,7 +180,7 @@ def demo(
     workers: Workers = None,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a text classifier with ten clients, by three methods side by side.
+    """Fine-tune a text classifier with ten clients, by four methods side by side.
 
     Real articles and a real model, from packages; no network and no account. See docs/data.md for
     what to install first.

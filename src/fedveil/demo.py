@@ -1,4 +1,4 @@
-"""The demo: an owner's text classifier, ten clients' private documents, three schemes side by side.
+"""The demo: an owner's text classifier, ten clients' private documents, four schemes side by side.
 
 Everything is real and installs from packages: MiniLM-L6 (22.7 million parameters) and BBC News.
 The same numbers come out every time.
@@ -45,7 +45,10 @@ SCHEMES: Mapping[str, Scheme] = {
     "fedavg": FedAvg(),
     "fedqsn-paper": FedQSN.paper(),
     "fedqsn": FedQSN(),
+    "fedqsn-regmean": FedQSN(client_mask=0.0, aggregation="regmean"),
 }
+RELEASED_ONCE = ("fedqsn-regmean",)
+"""Schemes that release one proxy per client, and let the clients do all their work on that."""
 
 _WORKER_MODULES = ("transformers.models.bert.modeling_bert", "fedveil.training")
 _OWNER_TRAINING = Training(steps=24, learning_rate=1e-4)
@@ -67,9 +70,10 @@ class Setting:
         max_length: Tokens of a document that the classifier reads.
         owner_training: How the owner tunes beforehand.
         training: How a client trains in a round.
-        own_data_steps: Steps of a client who tunes the base on his own data alone: as many as a
-            client takes in all rounds on average.
+        total_steps: Steps of a client in all rounds together, on average: what he takes as well if
+            he tunes the base on his own data alone, or is sent a single proxy.
         measured_proxies: Clients of the last round whose proxies are measured.
+        releases: How many proxies a client may be sent at most; None for any number.
     """
 
     seed: int = 0
@@ -82,8 +86,20 @@ class Setting:
     max_length: int = 24
     owner_training: Training = _OWNER_TRAINING
     training: Training = _TRAINING
-    own_data_steps: int = 40
+    total_steps: int = 40
     measured_proxies: int = 2
+    releases: int | None = None
+
+    def at_once(self) -> Setting:
+        """One round of all clients, in which each takes all its steps."""
+        return replace(
+            self,
+            rounds=1,
+            releases=1,
+            clients_per_round=self.clients,
+            measured_proxies=self.clients,
+            training=replace(self.training, steps=self.total_steps),
+        )
 
 
 @dataclass(frozen=True)
@@ -122,11 +138,11 @@ def run_demo(
         base, own_data = own_data_alone(scene, setting, workers, progress)
         schemes = {}
         for name, scheme in SCHEMES.items():
-            console.print(f"\n[bold]{name}[/bold]: {setting.rounds} rounds")
+            at = setting.at_once() if name in RELEASED_ONCE else setting
+            console.print(f"\n[bold]{name}[/bold]: {_work(at)}")
             started = time.perf_counter()
-            result = build_federation(scene, setting, scheme, workers, out / name, progress).run(
-                setting.rounds, overwrite=True
-            )
+            federation = build_federation(scene, at, scheme, workers, out / name, progress)
+            result = federation.run(at.rounds, overwrite=True)
             seconds = time.perf_counter() - started
             schemes[name] = summarize(name, result, seconds=seconds, base=base, own_data=own_data)
     _report(out, result, schemes, scene, console)
@@ -166,13 +182,10 @@ def own_data_alone(
     The latter is a mean over clients. That is one round of FedAvg that is never averaged: what each
     client holds after training.
     """
-    alone = replace(
-        setting,
-        clients_per_round=setting.clients,
-        training=replace(setting.training, steps=setting.own_data_steps),
-    )
     evaluation = Evaluation(received=False)  # everyone receives the base
-    federation = build_federation(scene, alone, FedAvg(), workers, None, observer, evaluation)
+    federation = build_federation(
+        scene, setting.at_once(), FedAvg(), workers, None, observer, evaluation
+    )
     result = federation.run(1)
     assert result.base is not None
     alone_after = result.rounds[-1].measures["proxy_after"]
@@ -198,6 +211,7 @@ def build_federation(
         test=scene.test,
         evaluation=evaluation or Evaluation(proxies=setting.measured_proxies, base=False),
         clients_per_round=setting.clients_per_round,
+        releases=setting.releases,
         # Published here, so no secret at all: the demo must print the same numbers every time.
         secret=Secret(hashlib.sha256(b"fedveil demo").digest()),
         seed=setting.seed,
@@ -205,6 +219,12 @@ def build_federation(
         out=out,
         observer=observer,
     )
+
+
+def _work(setting: Setting) -> str:
+    rounds = "1 round" if setting.rounds == 1 else f"{setting.rounds} rounds"
+    clients, steps = setting.clients_per_round, setting.training.steps
+    return f"{rounds} of {clients} clients, {steps} steps each"
 
 
 def _report(
