@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -250,24 +250,32 @@ def _solve(members: Sequence[_System], outputs: Tensor) -> Tensor:
     """The steps of these outputs, float32 [outputs, inputs]."""
     # Clients of one system may have held different outputs, which then use the Gram of all of
     # them, reduced to the share of weight that held the output.
-    held = torch.stack([m.held[outputs] for m in members]).sum(dim=0, dtype=torch.float64)
-    share = held / sum(m.weight for m in members)
+    share = _sum(m.held[outputs] for m in members) / sum(m.weight for m in members)
     parts = []
     for number in range(len(members[0].grams)):
-        gram = torch.stack([m.grams[number] for m in members]).sum(dim=0, dtype=torch.float64)
-        products = torch.stack([m.products[number][outputs] for m in members])
-        product = products.sum(dim=0, dtype=torch.float64) / share[:, None]
-        parts.append(_solve_positive(gram, product.t()).t())
-    return torch.cat(parts, dim=1).float()
+        gram = _sum(m.grams[number] for m in members)
+        product = _sum(m.products[number][outputs] for m in members)
+        parts.append(_solve_positive(gram, product.div_(share[:, None]).t()).t().float())
+    return torch.cat(parts, dim=1)
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """The sum in float64, in memory of its own."""
+    first, *others = parts
+    total = first.to(torch.float64, copy=True)
+    for part in others:
+        total += part
+    return total
 
 
 def _solve_positive(gram: Tensor, right: Tensor) -> Tensor:
     """Solve ``gram @ x = right``; inputs that nobody was sent stay at exactly zero."""
     seen = torch.nonzero(gram.diagonal() > 0).flatten()
+    if len(seen) == len(gram):
+        return torch.cholesky_solve(right, _cholesky(gram))
     solution = torch.zeros_like(right)
     if len(seen):
-        inner = gram[seen][:, seen]
-        solution[seen] = torch.cholesky_solve(right[seen], _cholesky(inner))
+        solution[seen] = torch.cholesky_solve(right[seen], _cholesky(gram[seen][:, seen]))
     return solution
 
 
