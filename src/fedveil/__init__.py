@@ -18,6 +18,7 @@ from fedveil.errors import (
     WireError,
 )
 from fedveil.federation import Federation, Result
+from fedveil.merging import MergeStatistics, merge, statistics_of
 from fedveil.schemes import FedAvg, FedQSN, Scheme
 from fedveil.secret import Secret
 from fedveil.training import ImageClassification, TextClassification, Training
@@ -35,6 +36,7 @@ __all__ = [
     "FedveilError",
     "ImageClassification",
     "Mean",
+    "MergeStatistics",
     "Observer",
     "ProtocolError",
     "RegMean",
@@ -48,4 +50,6 @@ __all__ = [
     "UnknownArchitectureError",
     "WireError",
     "__version__",
+    "merge",
+    "statistics_of",
 ]

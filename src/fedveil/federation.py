@@ -80,9 +80,9 @@ class Federation:
         evaluation: What is measured, and how often.
         clients_per_round: How many clients take part in a round; None for all.
         releases: How many proxies one client may be sent in all rounds together, counted over
-            resumed runs too; None for any number. What a proxy shows is one round behind the model,
-            so with ``releases=1`` nobody is shown anything of what a second round would add to his
-            own. A client that fails after it was sent its proxy has used it up.
+            resumed runs too; None for any number. A client that fails after it was sent its proxy
+            has used it up. A proxy shows what earlier rounds have added: in the only round of a
+            federation nobody is shown any of its gain, in a second one everybody sampled is.
         secret: The federation secret. None draws a new one, which is then lost: a run that is to
             be resumed or repeated needs its secret kept by you.
         seed: Decides sampling, batch order and dropout; nothing secret.

@@ -30,6 +30,15 @@ def test_so_it_is_for_a_tied_language_model():
     assert same(weights(fedqsn.global_model), weights(fedavg.global_model))
 
 
+@pytest.mark.parametrize("choice", CHOICES)
+def test_so_it_is_with_regmean(build, choice):
+    fedavg = federation(build(), scheme=FedAvg(aggregation="regmean")).run(2)
+    scheme = FedQSN(units=choice, aggregation="regmean", **NO_MASK)
+    fedqsn = federation(build(), scheme=scheme).run(2)
+    assert not same(weights(fedavg.global_model), weights(build()))
+    assert same(weights(fedqsn.global_model), weights(fedavg.global_model))
+
+
 @settings(max_examples=25)
 @given(
     st.sampled_from(sorted(MODELS)),

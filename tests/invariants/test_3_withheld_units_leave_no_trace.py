@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedveil import FedAvg, FedQSN, ProtocolError
+from fedveil import FedAvg, FedQSN, ProtocolError, RegMean
 from fedveil.quantization import QuantizedTensor
 from fedveil.state import read_state
 from fedveil.wire import Dense, Message, UnitIndex
@@ -117,13 +117,27 @@ def test_messages_shrink_with_what_is_withheld(build, bits):
 @pytest.mark.parametrize("policy", ["fresh", "sticky", "grouped"])
 def test_elements_that_were_never_released_never_change(build, choice, policy, tmp_path):
     scheme = FedQSN(server_mask=0.3, client_mask=0.3, units=choice, policy=policy, bits=4)
-    model = build()
+    check_never_released(build(), scheme, tmp_path)
+
+
+@pytest.mark.parametrize("policy", ["fresh", "sticky", "grouped"])
+@pytest.mark.parametrize("form", ["blocks", "low-rank"])
+def test_nor_if_layers_are_solved_for(build, policy, form, tmp_path):
+    # Equations tie all inputs of a layer together, also those that nobody held.
+    scheme = FedQSN(
+        server_mask=0.2, client_mask=0.6, units="neurons", policy=policy,
+        aggregation=RegMean(form=form, size=24),
+    )  # fmt: skip
+    check_never_released(build(), scheme, tmp_path)
+
+
+def check_never_released(model, scheme, tmp_path):
     result = federation(model, scheme=scheme, out=tmp_path, keep_messages=True).run(2)
     proxies = [
         Message.from_bytes(path.read_bytes()) for path in tmp_path.rglob("*.proxy.safetensors")
     ]
     assert len(proxies) == 6
-    masks = [withheld(proxy, model, choice) for proxy in proxies]
+    masks = [withheld(proxy, model, scheme.units) for proxy in proxies]
     before, after, never_released = weights(model), weights(result.global_model), 0
     for name, tensor in before.items():
         never = torch.stack([mask[name] for mask in masks]).all(0)

@@ -8,7 +8,7 @@ import torch
 
 from fedveil import FedQSN, Secret
 from process import standard
-from toys import CHOICES, bert, digest, federation, files, metrics, mlp, same, weights
+from toys import CHOICES, bert, digest, federation, files, gpt2, metrics, mlp, same, weights
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,18 @@ def test_a_fresh_interpreter_with_workers_repeats_every_byte(first, tmp_path):
     assert run.stdout.splitlines()[-1] == first[1]
     assert messages(tmp_path) == messages(first[0])
     assert metrics(tmp_path) == metrics(first[0])
+
+
+@pytest.mark.parametrize("build", [mlp, gpt2], ids=lambda b: b.__name__)
+def test_with_regmean_worker_processes_repeat_every_byte(build, tmp_path):
+    scheme = FedQSN(units="neurons", policy="sticky", aggregation="regmean")
+    folders, finals = (tmp_path / "one", tmp_path / "two"), []
+    for workers, folder in enumerate(folders, start=1):
+        settings = {"scheme": scheme, "out": folder, "keep_messages": True, "workers": workers}
+        finals.append(digest(weights(federation(build(), **settings).run(2).global_model)))
+    assert finals[0] == finals[1]
+    assert messages(folders[0]) == messages(folders[1])
+    assert metrics(folders[0]) == metrics(folders[1])
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"secret": Secret(bytes(32))}])

@@ -18,6 +18,8 @@ SCHEMES = {
     "fedavg": FedAvg(),
     "fedqsn": FedQSN(client_mask=0.25, units="neurons"),
     "quantized": FedQSN(client_mask=0.25, units="neurons", update_bits=4, average="participants"),
+    # Wrong Grams: tests/aggregation/test_aggregation_hostile.py.
+    "regmean": FedQSN(client_mask=0.25, units="neurons", aggregation="regmean"),
 }
 
 

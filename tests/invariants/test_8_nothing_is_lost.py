@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from fedveil import (
     FedQSN,
     FedveilError,
     ImageClassification,
+    Observer,
     ProtocolError,
+    RegMean,
     Secret,
     TrainingError,
 )  # fmt: skip
@@ -240,6 +243,29 @@ class TestAKilledRun:
         resumed = standard(tmp_path, **settings).run(4, resume=True)
         assert same(weights(resumed.global_model), weights(whole.global_model))
 
+    def test_with_regmean_and_a_limit_on_releases_goes_on_to_the_same_result(self, tmp_path):
+        settings = {
+            "scheme": FedQSN(policy="sticky", units="neurons", aggregation="regmean"),
+            "releases": 3,
+            "keep_messages": True,
+        }
+        whole = standard(tmp_path / "whole", **settings).run(4)
+        standard(tmp_path / "cut", **settings).run(1)
+
+        class Killer(Observer):
+            def client_finished(self, number, client, failure):
+                if number == 3:
+                    raise PowerCutError
+
+        with pytest.raises(PowerCutError):
+            standard(tmp_path / "cut", observer=Killer(), **settings).run(4, resume=True)
+        assert len(metrics(tmp_path / "cut")) == 2
+        resumed = standard(tmp_path / "cut", **settings).run(4, resume=True)
+        assert same(weights(resumed.global_model), weights(whole.global_model))
+        assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+        kept = [files(tmp_path / name / "messages") for name in ("cut", "whole")]
+        assert kept[0] == kept[1]
+
     def test_that_had_finished_does_nothing(self, tmp_path, uninterrupted):
         standard(tmp_path, keep_messages=True).run(3)
         check_resumed(tmp_path, uninterrupted)
@@ -301,6 +327,9 @@ OTHERS = [
     ("'clients' differs", {"clients": {**CLIENTS, "partner-0": rows(5)}}),
     ("'training' differs", {"training": type(FAST)(steps=1)}),
     ("'clients_per_round' differs", {"clients_per_round": 2}),
+    ("'releases' differs", {"releases": 3}),
+    ("'scheme' differs", {"scheme": replace(SCHEME, aggregation="regmean")}),
+    ("'scheme' differs", {"scheme": replace(SCHEME, aggregation=RegMean(ridge=0.5))}),
 ]
 
 

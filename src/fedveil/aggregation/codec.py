@@ -37,11 +37,13 @@ class GramCodec:
         form: See :class:`~fedveil.aggregation.RegMean`.
         size: See there.
         bits: See there.
+        noisy: Whether clients add noise.
     """
 
     form: Form
     size: int
     bits: int | None
+    noisy: bool = False
 
     def encode(self, grams: Mapping[str, Gram], same_input: Mapping[str, str]) -> Observed:
         """Grams by weight name, and for each layer the name of its Gram."""
@@ -78,12 +80,14 @@ class GramCodec:
         for layer, name in named.items():
             if layer not in layers:
                 raise ProtocolError("A Gram is for a weight that is not linear", where=layer)
+            if not isinstance(name, str):
+                raise ProtocolError("A Gram's name is no text", found=repr(name), where=layer)
             inputs = layers[layer].inputs(selection)
             width = layers[layer].matrix_shape(shapes[layer])[1]
             bounds = restrict(block_bounds(width, self.form, self.size), inputs)
             sketched = self.form == "low-rank" and width > self.size
             if (name, bounds) not in decoded:
-                decoded[name, bounds] = self._read(reply, str(name), bounds, sketched, used)
+                decoded[name, bounds] = self._read(reply, name, bounds, sketched, used)
             grams[layer] = decoded[name, bounds]
         odd = sorted(reply.sections.keys() - updates.keys() - used)
         if odd:
@@ -91,9 +95,12 @@ class GramCodec:
         return updates, grams
 
     def _pack(self, correlations: Tensor) -> Section:
-        if self.bits is None or correlations.numel() < SMALL:
+        if self.bits is None or not self._is_packed(correlations.shape):
             return Statistics(correlations)
         return quantize(correlations, bits=self.bits, axis=0)
+
+    def _is_packed(self, shape: tuple[int, ...]) -> bool:
+        return self.bits is not None and torch.Size(shape).numel() >= SMALL
 
     def _read(
         self, reply: Message, name: str, bounds: tuple[int, ...], sketched: bool, used: set[str]
@@ -110,10 +117,14 @@ class GramCodec:
         if sketched:
             shape = (bounds[-1], self.size)
             factor = self._section(reply, f"{PREFIX}{name}/factor", shape, self.bits, used)
-            return Gram(diagonal, bounds, factor=_correlations(factor, name))
+            factor = _correlations(factor, name)
+            # A row longer than its input would stand for correlations beyond 1.
+            factor /= factor.norm(dim=1, keepdim=True).clamp_min(1.0)
+            return Gram(diagonal, bounds, factor=factor)
         shape = (1, count_pairs(bounds))
         pairs = self._section(reply, f"{PREFIX}{name}/pairs", shape, self.bits, used)
-        return Gram(diagonal, bounds, pairs=_correlations(pairs, name)[0])
+        rounded = self.noisy or self._is_packed(shape)
+        return Gram(diagonal, bounds, pairs=_correlations(pairs, name)[0], rounded=rounded)
 
     def _section(
         self, reply: Message, name: str, shape: tuple[int, ...], bits: int | None, used: set[str]
@@ -121,16 +132,17 @@ class GramCodec:
         """The float32 tensor of a section that has this shape and, if it is large, these bits."""
         section = reply.sections.get(name)
         used.add(name)
-        packed = bits is not None and torch.Size(shape).numel() >= SMALL
-        fits = section.bits == bits if isinstance(section, QuantizedTensor) else not packed
-        if not isinstance(section, QuantizedTensor if packed else Statistics) or not fits:
+        packed = bits is not None and self._is_packed(shape)
+        expected = f"{bits} bits" if packed else "float32 statistics"
+        if _encoding(section) != expected:
             raise ProtocolError(
                 "A part of a Gram is missing or of another type",
-                expected=f"{bits} bits" if packed else "float32 statistics",
-                found=type(section).__name__,
+                expected=expected,
+                found=_encoding(section),
                 where=name,
                 fix="Server and clients must use the same aggregation with the same settings.",
             )
+        assert isinstance(section, QuantizedTensor | Statistics)  # _encoding says so
         kept = section.tensor if isinstance(section, Statistics) else section
         if tuple(kept.shape) != shape:
             raise ProtocolError(
@@ -139,7 +151,15 @@ class GramCodec:
                 found=str(list(kept.shape)),
                 where=name,
             )
-        return kept.float() if isinstance(kept, Tensor) else kept.dequantize()
+        return kept if isinstance(kept, Tensor) else kept.dequantize()
+
+
+def _encoding(section: Section | None) -> str:
+    if isinstance(section, QuantizedTensor):
+        return f"{section.bits} bits"
+    if isinstance(section, Statistics):
+        return f"{str(section.tensor.dtype).removeprefix('torch.')} statistics"
+    return "nothing" if section is None else type(section).__name__
 
 
 def _correlations(values: Tensor, name: str) -> Tensor:

@@ -8,7 +8,7 @@ off-diagonals.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -35,6 +35,7 @@ class Gram:
         pairs: Correlations above the diagonal, float32, row by row and block after block; between
             -1 and 1. None if a factor stands for them.
         factor: Float32 [inputs, rank]; correlations are ``factor @ factor.T`` off the diagonal.
+        rounded: Whether codes or noise may have left a direction with a negative square.
 
     Does NOT protect the data: with enough examples a Gram is the covariance of what the layer sees,
     and with few it holds the examples themselves.
@@ -44,34 +45,44 @@ class Gram:
     bounds: tuple[int, ...]
     pairs: Tensor | None = None
     factor: Tensor | None = None
+    rounded: bool = False
 
     def dense(self, off_diagonal: float, ridge: float) -> list[Tensor]:
         """The blocks as float32 matrices [n, n], ready to be summed and solved.
 
         Args:
-            off_diagonal: Factor of everything off the diagonal (a of RegMean, 2212.09849).
-            ridge: Added to the diagonal, as a share of its mean; at least a trace is added, so that
-                a layer that never fired still counts, for next to nothing.
+            off_diagonal: Factor of everything off the diagonal (a of RegMean, 2212.09849); a
+                smaller one is taken for a block that would have negative squares with it.
+            ridge: Added to the diagonal, as a share of its mean; never less than rounding makes of
+                the sum, nor than a trace, so that a layer that never fired still counts, for next
+                to nothing.
         """
-        added = _TRACE + ridge * float(self.diagonal.sum()) / max(1, len(self.diagonal))
-        blocks, done = [], 0
-        for start, stop in pairwise(self.bounds):
-            size = stop - start
-            if self.factor is not None:
-                block = self.factor[start:stop] @ self.factor[start:stop].t()
-            else:
-                assert self.pairs is not None
-                count = size * (size - 1) // 2
-                block = torch.zeros(size, size)
-                block[_above(size)] = self.pairs[done : done + count]
-                block += block.t().clone()
-                done += count
+        total = float(self.diagonal.sum())
+        added = _TRACE + max(ridge * total / max(1, len(self.diagonal)), _ROUNDING * total)
+        blocks = []
+        for (start, stop), block in zip(pairwise(self.bounds), self._correlations(), strict=True):
+            factor = _possible(block, off_diagonal) if self.rounded else off_diagonal
             scale = self.diagonal[start:stop].sqrt()
-            block *= off_diagonal * scale[:, None]
+            block *= factor * scale[:, None]
             block *= scale
             block.diagonal().copy_(self.diagonal[start:stop] + added)
             blocks.append(block)
         return blocks
+
+    def _correlations(self) -> Iterator[Tensor]:
+        """The blocks' correlations [n, n]; what is on their diagonals means nothing."""
+        done = 0
+        for start, stop in pairwise(self.bounds):
+            size = stop - start
+            if self.factor is not None:
+                yield self.factor[start:stop] @ self.factor[start:stop].t()
+                continue
+            assert self.pairs is not None
+            count = size * (size - 1) // 2
+            block = torch.zeros(size, size)
+            block[_above(size)] = self.pairs[done : done + count]
+            done += count
+            yield block.add_(block.t().clone())
 
     @classmethod
     def nothing(cls, bounds: tuple[int, ...]) -> Gram:
@@ -81,6 +92,9 @@ class Gram:
 
 # Enough for a Cholesky decomposition in float64, and nothing beside a Gram of any layer that fires.
 _TRACE = 1e-10
+# Float32 sums hold no more: along inputs that depend on each other the step would be rounding error
+# over rounding error, as large as it likes.
+_ROUNDING = 2.0**-22
 
 
 class Moments:
@@ -196,6 +210,21 @@ def restrict(bounds: Sequence[int], released: Tensor | None) -> tuple[int, ...]:
 def count_pairs(bounds: Sequence[int]) -> int:
     """How many pairs of inputs share a block."""
     return sum((stop - start) * (stop - start - 1) // 2 for start, stop in pairwise(bounds))
+
+
+def _possible(correlations: Tensor, wanted: float) -> float:
+    """The largest factor up to ``wanted``, in steps, that leaves no square negative.
+
+    Rounding a wide Gram to 8 bits moves its smallest eigenvalues below zero. Least squares would
+    blow up what was rounded; shrunk here, both sides of the equations stay those of one Gram.
+    """
+    shrunk = torch.empty_like(correlations)
+    for share in (1.0, 0.98, 0.95, 0.9, 0.8, 0.6, 0.3):
+        torch.mul(correlations, wanted * share, out=shrunk)
+        shrunk.fill_diagonal_(1.0)
+        if not torch.linalg.cholesky_ex(shrunk).info:
+            return wanted * share
+    return 0.0
 
 
 def _above(size: int) -> Tensor:

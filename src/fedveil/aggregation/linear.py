@@ -96,7 +96,8 @@ def rows_of(module: nn.Module, inputs: Tensor) -> Tensor:
 def reading(module: nn.Module) -> object:
     """How a module reads its input: two that read the same tensor alike have the same rows."""
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return module.kernel_size, module.stride, module.padding, module.dilation
+        shape = module.kernel_size, module.stride, module.dilation
+        return *shape, module.padding, module.padding_mode
     return None
 
 

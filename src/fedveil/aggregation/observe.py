@@ -48,7 +48,7 @@ class GramHooks:
         modules = dict(model.named_modules())
         self._watched = {name: modules[layer.module] for name, layer in layers.items()}
         self._form, self._size, self._clip = form, size, clip
-        self._now: dict[tuple[int, object], tuple[weakref.ref[Tensor], str]] = {}
+        self._now: dict[tuple[int, int, object], tuple[weakref.ref[Tensor], str]] = {}
         self._mask: Tensor | None = None
         self.moments: dict[str, Moments] = {}
         self.examples: dict[str, int] = defaultdict(int)
@@ -81,7 +81,9 @@ class GramHooks:
         return observe
 
     def _observe(self, name: str, module: nn.Module, inputs: Tensor) -> None:
-        key = id(inputs), reading(module)
+        # The same tensor, not changed in place in between (inference tensors do not count that).
+        version = 0 if inputs.is_inference() else inputs._version
+        key = id(inputs), version, reading(module)
         alive, first = self._now.get(key, (None, name))
         if alive is None or alive() is not inputs:
             first = name

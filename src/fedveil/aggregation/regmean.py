@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
 
@@ -50,6 +51,8 @@ class RegMean:
         bits: Bits per correlation on the wire (2, 3, 4 or 8); None for float32.
         clip: Bound on the mean square of what one example gives a layer; an example beyond it is
             scaled down to it. None for no bound.
+        exclude: Patterns (as in the shell) of weight names that are averaged instead, and of whose
+            inputs nothing is measured: the first layer's Gram tells which words are in the data.
         noise: Gaussian noise on a Gram, as a multiple of how far one example can move it. Needs
             ``clip``, and a Gram in blocks.
 
@@ -67,11 +70,12 @@ class RegMean:
     bits: int | None = 8
     clip: float | None = None
     noise: float = 0.0
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_number("off_diagonal", self.off_diagonal, 0.0, 1.0)
-        for name in ("ridge", "noise"):
-            _check_number(name, getattr(self, name), 0.0, math.inf)
+        _check_number("ridge", self.ridge, 0.0, 1e6)  # beyond it sums could overflow float32
+        _check_number("noise", self.noise, 0.0, math.inf)
         for name in ("examples", "size"):
             _check_count(name, getattr(self, name))
         check_bits(self.bits, "bits")
@@ -79,29 +83,35 @@ class RegMean:
             raise _impossible("form", " or ".join(map(repr, FORMS)), self.form)
         if self.clip is not None:
             _check_number("clip", self.clip, 1e-12, math.inf)
+        # A lone string would be taken apart into one pattern per letter.
+        if not isinstance(self.exclude, tuple):
+            raise _impossible("exclude", 'a tuple such as ("*.layer.0.*",)', self.exclude)
         if self.noise and (self.clip is None or self.form == "low-rank"):
             raise _impossible("noise", "0, or a clip and form='blocks' beside it", self.noise)
 
     @property
     def codec(self) -> GramCodec:
         """How Grams travel."""
-        return GramCodec(self.form, self.size, self.bits)
+        return GramCodec(self.form, self.size, self.bits, noisy=self.noise > 0)
 
     def observe(
         self, model: nn.Module, replay: Replay, changed: Collection[str], selection: Selection
     ) -> Observed:
         """The Grams of all linear layers whose weights changed."""
-        layers = {n: layer for n, layer in linear_layers(model).items() if n in changed}
+        layers = {n: layer for n, layer in self.layers(model).items() if n in changed}
         hooks = GramHooks(model, layers, self.form, self.size, self.clip)
+        ran = 0
         with hooks.watching():
             for batch in replay(model, self.examples):
+                ran += len(next(iter(batch.values())))
                 hooks.begin_batch(batch.get("attention_mask"))
         grams = {}
         for name, moments in hooks.moments.items():
             examples = hooks.examples[name]
             # Replacing one example moves the mean by at most this much (Frobenius norm): two Grams
-            # of trace up to clip * width differ most when they have nothing in common.
-            moved = math.sqrt(2) * (self.clip or 0.0) * moments.width / examples
+            # of trace up to clip * width differ most when they have nothing in common. A layer that
+            # is called twice counts an example twice, but it is one example that is replaced.
+            moved = math.sqrt(2) * (self.clip or 0.0) * moments.width / min(ran, examples)
             inputs = layers[name].inputs(selection)
             grams[name] = moments.gram(examples, inputs, self.noise * moved)
         return self.codec.encode(grams, hooks.same_input)
@@ -114,7 +124,23 @@ class RegMean:
         shared_masks: bool,
     ) -> Callable[[], RegMeanSums]:
         """See :class:`~fedveil.aggregation.base.Aggregation`."""
-        return partial(RegMeanSums, shapes, linear_layers(model), self, average, shared_masks)
+        return partial(RegMeanSums, shapes, self.layers(model), self, average, shared_masks)
+
+    def layers(self, model: nn.Module) -> dict[str, LinearLayer]:
+        """The linear layers of a model that are solved for, by weight name.
+
+        Raises:
+            ConfigurationError: If a pattern in ``exclude`` matches none.
+        """
+        layers = linear_layers(model)
+        for pattern in self.exclude:
+            if not any(fnmatchcase(name, pattern) for name in layers):
+                raise _impossible("exclude", "patterns that match linear weights", pattern)
+        return {
+            name: layer
+            for name, layer in layers.items()
+            if not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        }
 
 
 class RegMeanSums:
@@ -128,8 +154,9 @@ class RegMeanSums:
             :class:`~fedveil.aggregation.mean.StreamingMean`.
         shared_masks: Whether few distinct masks are in use. Then there is a system of equations for
             each, and each output is solved over exactly the clients that held it. Otherwise all
-            clients share one system, and an output's solution is scaled up by the share of weight
-            that held it: exact where Grams are alike.
+            clients share one system, whose right-hand sides are scaled up by the share of weight
+            that held an element, among those who held its input: exact where Grams are alike and
+            inputs uncut, and where Grams are diagonal. An element that nobody held stays at zero.
 
     Sums are float32, systems are solved in float64. The order of :meth:`add` changes last bits.
 
@@ -174,9 +201,14 @@ class RegMeanSums:
         """
         others = {name: part for name, part in updates.items() if name not in self._layers}
         self._others.add(others, selection, weight)
-        for name in self._layers.keys() & updates.keys():
+        last, blocks = None, []
+        for name in (name for name in self._layers if name in updates):
             system = self._system_of(name, selection)
-            system.add(updates[name], selection, weight, statistics.get(name))
+            gram = statistics.get(name) or Gram.nothing(system.bounds_of(selection))
+            if gram is not last:  # query, key and value come one after the other
+                blocks = gram.dense(self._settings.off_diagonal, self._settings.ridge)
+            last = gram
+            system.add(updates[name], selection, weight, blocks)
 
     def mean(self, name: str) -> Tensor | None:
         """The step of one tensor at its full shape, or None if no client changed it."""
@@ -202,36 +234,51 @@ class RegMeanSums:
         return systems[key]
 
 
+# The largest weights, squares and updates that are taken would add up beyond float32. A power of
+# two changes no digit of the step.
+_SCALE = 2.0**-33
+
+
 class _System:
     """Sums over clients for one layer: Grams, and Grams times updates, block by block."""
 
     def __init__(self, layer: LinearLayer, shape: tuple[int, int], settings: RegMean) -> None:
         outputs, inputs = shape
-        self._layer, self._settings = layer, settings
-        self._bounds = block_bounds(inputs, settings.form, settings.size)
-        sizes = [stop - start for start, stop in pairwise(self._bounds)]
+        self._layer = layer
+        self.bounds = block_bounds(inputs, settings.form, settings.size)
+        sizes = [stop - start for start, stop in pairwise(self.bounds)]
         self.grams = [torch.zeros(size, size) for size in sizes]
         self.products = [torch.zeros(outputs, size) for size in sizes]
-        self.held = torch.zeros(outputs)
+        # Weight that held each output and each input; and each element, where both axes are cut.
+        self.held, self.held_inputs = torch.zeros(outputs), torch.zeros(inputs)
+        self.held_elements: Tensor | None = None
         self.weight = 0.0
 
-    def add(self, update: Tensor, selection: Selection, weight: float, gram: Gram | None) -> None:
-        """Add one client's update of the weight, on released elements."""
+    def bounds_of(self, selection: Selection) -> tuple[int, ...]:
+        """Where blocks begin and end among the inputs that a client holds."""
+        return restrict(self.bounds, self._layer.inputs(selection))
+
+    def add(
+        self, update: Tensor, selection: Selection, weight: float, blocks: Sequence[Tensor]
+    ) -> None:
+        """Add one client's update of the weight and its Gram's blocks, on released elements."""
         matrix = self._layer.matrix(update).float()
-        inputs = self._layer.inputs(selection)
         outputs = _all_unless(self._layer.outputs(selection), len(self.held))
-        bounds = restrict(self._bounds, inputs)
-        released = _all_unless(inputs, self._bounds[-1])
-        if gram is None:
-            gram = Gram.nothing(bounds)
-        blocks = gram.dense(self._settings.off_diagonal, self._settings.ridge)
-        for number, ((start, stop), block) in enumerate(zip(pairwise(bounds), blocks, strict=True)):
-            inside = released[start:stop] - self._bounds[number]
-            weighted = block.mul_(weight)
-            self.grams[number][inside[:, None], inside] += weighted
-            self.products[number][outputs[:, None], inside] += matrix[:, start:stop] @ weighted
+        released = _all_unless(self._layer.inputs(selection), self.bounds[-1])
+        weight *= _SCALE
+        bounds = pairwise(self.bounds_of(selection))
+        for number, ((start, stop), block) in enumerate(zip(bounds, blocks, strict=True)):
+            inside = released[start:stop] - self.bounds[number]
+            weighted = weight * block
+            _add_at(self.grams[number], inside, inside, weighted)
+            _add_at(self.products[number], outputs, inside, matrix[:, start:stop] @ weighted)
         self.held[outputs] += weight
+        self.held_inputs[released] += weight
         self.weight += weight
+        if len(selection.positions(self._layer.name)) == 2:
+            if self.held_elements is None:
+                self.held_elements = torch.zeros(len(self.held), len(self.held_inputs))
+            self.held_elements[outputs[:, None], released] += weight
 
 
 def _holders(systems: Sequence[_System]) -> Iterator[tuple[Tensor, list[_System]]]:
@@ -248,15 +295,30 @@ def _holders(systems: Sequence[_System]) -> Iterator[tuple[Tensor, list[_System]
 
 def _solve(members: Sequence[_System], outputs: Tensor) -> Tensor:
     """The steps of these outputs, float32 [outputs, inputs]."""
-    # Clients of one system may have held different outputs, which then use the Gram of all of
-    # them, reduced to the share of weight that held the output.
-    share = _sum(m.held[outputs] for m in members) / sum(m.weight for m in members)
+    # Clients of one system may have held different elements, which then use the Gram of all of
+    # them, reduced to the share of weight that held the element.
+    share = _share(members, outputs)
     parts = []
-    for number in range(len(members[0].grams)):
+    for number, (start, stop) in enumerate(pairwise(members[0].bounds)):
         gram = _sum(m.grams[number] for m in members)
         product = _sum(m.products[number][outputs] for m in members)
-        parts.append(_solve_positive(gram, product.div_(share[:, None]).t()).t().float())
+        part = share[:, start:stop] if share.shape[1] > 1 else share
+        nobodys = part == 0
+        solution = _solve_positive(gram, product.div_(part.masked_fill(nobodys, 1.0)).t()).t()
+        parts.append(solution.masked_fill_(nobodys, 0.0).float())
     return torch.cat(parts, dim=1)
+
+
+def _share(members: Sequence[_System], outputs: Tensor) -> Tensor:
+    """Of the weight that held an input, the share that held the element.
+
+    [outputs, inputs], or [outputs, 1] if it is one number for all inputs.
+    """
+    if members[0].held_elements is None:
+        return (_sum(m.held[outputs] for m in members) / sum(m.weight for m in members))[:, None]
+    elements = _sum(m.held_elements[outputs] for m in members if m.held_elements is not None)
+    inputs = _sum(m.held_inputs for m in members)
+    return elements.div_(inputs.masked_fill(inputs == 0, 1.0))
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:
@@ -289,6 +351,14 @@ def _cholesky(gram: Tensor) -> Tensor:
         lift *= 10
     lower: Tensor = factor
     return lower
+
+
+def _add_at(total: Tensor, rows: Tensor, columns: Tensor, part: Tensor) -> None:
+    """Add a part at these rows and columns (int64, ascending)."""
+    if part.shape == total.shape:
+        total += part
+    else:
+        total[rows[:, None], columns] += part
 
 
 def _all_unless(positions: Tensor | None, count: int) -> Tensor:
