@@ -79,10 +79,15 @@ class Gram:
                 continue
             assert self.pairs is not None
             count = size * (size - 1) // 2
-            block = torch.zeros(size, size)
-            block[_above(size)] = self.pairs[done : done + count]
+            upper = torch.zeros(size, size)
+            rows, values = upper.numpy(), self.pairs[done : done + count].numpy()
+            taken = 0
+            for row in range(size - 1):
+                width = size - 1 - row
+                rows[row, row + 1 :] = values[taken : taken + width]
+                taken += width
             done += count
-            yield block.add_(block.t().clone())
+            yield upper + upper.t()
 
     @classmethod
     def nothing(cls, bounds: tuple[int, ...]) -> Gram:

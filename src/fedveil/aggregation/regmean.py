@@ -269,9 +269,15 @@ class _System:
         bounds = pairwise(self.bounds_of(selection))
         for number, ((start, stop), block) in enumerate(zip(bounds, blocks, strict=True)):
             inside = released[start:stop] - self.bounds[number]
-            weighted = weight * block
-            _add_at(self.grams[number], inside, inside, weighted)
-            _add_at(self.products[number], outputs, inside, matrix[:, start:stop] @ weighted)
+            gram, product, part = self.grams[number], self.products[number], matrix[:, start:stop]
+            if block.shape == gram.shape:
+                gram.add_(block, alpha=weight)
+            else:
+                gram[inside[:, None], inside] += weight * block
+            if part.shape == product.shape:
+                product.addmm_(part, block, alpha=weight)
+            else:
+                product[outputs[:, None], inside] += weight * (part @ block)
         self.held[outputs] += weight
         self.held_inputs[released] += weight
         self.weight += weight
@@ -351,14 +357,6 @@ def _cholesky(gram: Tensor) -> Tensor:
         lift *= 10
     lower: Tensor = factor
     return lower
-
-
-def _add_at(total: Tensor, rows: Tensor, columns: Tensor, part: Tensor) -> None:
-    """Add a part at these rows and columns (int64, ascending)."""
-    if part.shape == total.shape:
-        total += part
-    else:
-        total[rows[:, None], columns] += part
 
 
 def _all_unless(positions: Tensor | None, count: int) -> Tensor:
