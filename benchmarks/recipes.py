@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    console, results = Console(), Results(arguments.out)
+    console, results = Console(width=140), Results(arguments.out)
     for seed in arguments.seeds:
         setting, scene = replace(Setting(), seed=seed), None
         for name in [ALONE, *arguments.only]:

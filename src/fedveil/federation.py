@@ -167,8 +167,6 @@ class Federation:
                 "A run can only be resumed with the secret it was begun with",
                 fix="Pass secret=Secret.from_file(...), to both runs.",
             )
-        if overwrite and not resume and self._out is not None:
-            clear(self._out)
         model = copy.deepcopy(self._model)
         server = self.scheme.server(model, self._secret)
         engine = InProcess(
@@ -185,6 +183,9 @@ class Federation:
             keep_messages=self._keep_messages,
             observer=self._observer,
         )
+        engine.check_budget(rounds)
+        if overwrite and not resume and self._out is not None:
+            clear(self._out)
         records = engine.run(rounds, resume=resume)
         # The model is still the base: the server works on its own copy.
         base = engine.measure_model(model) if self._evaluation.base else None

@@ -289,6 +289,14 @@ def test_whatever_is_taken_leaves_finite_weights(scheme, name, square, correlati
         assert all(bool(torch.isfinite(t).all()) for t in server.side.final().values())
 
 
+def test_correlations_a_little_beyond_1_are_taken_for_rounding():
+    server = Server(SCHEMES["exact"])
+    _, _, rest, pairs = parts_of(server.honest, "3.weight")
+    reply = put(server.honest, {rest: Statistics(torch.full_like(pairs, 1.015))})
+    _, statistics = server.side._sums.read(reply, server.side._everything)
+    assert float(statistics["3.weight"].pairs.max()) == 1.0
+
+
 def test_a_factor_cannot_stand_for_impossible_correlations():
     # Entries between -1 and 1, rows that are far too long: off-diagonals of 48 to a diagonal of 1.
     server = Server(SCHEMES["low-rank"])

@@ -407,6 +407,18 @@ class TestNoise:
         deviation = float(found.abs().quantile(0.5)) / 0.6745
         assert deviation >= 0.85 * noise * float(moved)
 
+    def test_leaves_no_negative_square_in_what_is_solved(self):
+        model, settings_ = nn.Sequential(nn.Linear(30, 2)), RegMean(bits=None, clip=1.0, noise=0.05)
+        observed = settings_.observe(model, replay_of(torch.randn(5, 30)), ["0.weight"], EVERYTHING)
+        shapes = {"0.weight": torch.Size([2, 30])}
+        layers = linear_layers(model)
+        _, found = settings_.codec.decode(message(observed), layers, shapes, EVERYTHING)
+        sent = replace(found["0.weight"], rounded=False).dense(1.0, 0.0)[0]
+        solved = found["0.weight"].dense(1.0, 0.0)[0]
+        assert float(torch.linalg.eigvalsh(sent.double()).min()) < -0.1
+        assert float(torch.linalg.eigvalsh(solved.double()).min()) > -1e-5
+        assert torch.equal(solved.diagonal(), sent.diagonal())
+
     def test_is_new_in_every_call_whatever_the_seed(self):
         model = Called(ONCE["once"], a=nn.Linear(5, 2))
         inputs, found = torch.randn(4, 5), []

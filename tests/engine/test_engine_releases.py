@@ -114,9 +114,6 @@ class TestTooManyRounds:
         assert metrics(tmp_path) == lines
         assert len(run(2, releases=1, out=tmp_path, resume=True).rounds) == 2
 
-    @pytest.mark.xfail(
-        reason="overwrite clears the folder before the rounds are checked", strict=True
-    )
     def test_are_refused_before_an_earlier_run_is_overwritten(self, tmp_path):
         run(2, releases=1, out=tmp_path)
         before = files(tmp_path)

@@ -111,7 +111,6 @@ def blurred(image):
     return image + torch.randn(image.shape)
 
 
-@pytest.mark.xfail(reason="replay draws transforms from the caller's generator", strict=True)
 def test_random_transforms_leave_it_undisturbed_too_and_repeat_themselves():
     random = trainer(task=ImageClassification(num_labels=3, transform=blurred))
     before = torch.get_rng_state()

@@ -105,7 +105,7 @@ class InProcess:
         """
         records = self._take_up(resume)
         self._write_metrics(records)
-        self._check_budget(rounds)
+        self.check_budget(rounds)
         self.observer.run_started(rounds, len(records))
         if len(records) >= rounds:
             return records
@@ -153,7 +153,12 @@ class InProcess:
     def _wanted(self) -> int:
         return self.clients_per_round or len(self.place.trainers)
 
-    def _check_budget(self, rounds: int) -> None:
+    def check_budget(self, rounds: int) -> None:
+        """Refuse so many rounds if they need more releases than clients may be sent.
+
+        Raises:
+            ConfigurationError: If they do.
+        """
         allowed = len(self.place.trainers) * (self.releases or rounds)
         if rounds * self._wanted > allowed:
             raise ConfigurationError(

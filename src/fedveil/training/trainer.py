@@ -50,7 +50,7 @@ class LocalRun:
 
     def replay(self, model: nn.Module, examples: int) -> Iterator[Batch]:
         """See :meth:`Trainer.replay`."""
-        return self.trainer.replay(model, examples)
+        return self.trainer.replay(model, examples, seed=self.seed)
 
 
 class Trainer:
@@ -150,12 +150,15 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
         return TrainingRecord(self.examples, steps, losses[0], losses[-1])
 
-    def replay(self, model: nn.Module, examples: int, *, batch_size: int = 32) -> Iterator[Batch]:
+    def replay(
+        self, model: nn.Module, examples: int, *, seed: int = 0, batch_size: int = 32
+    ) -> Iterator[Batch]:
         """Run `model` on the client's own data without training it, for someone who watches it.
 
         Args:
             model: The model, where it is.
             examples: Run at most this many examples, spread evenly over the data set.
+            seed: Decides random transforms of the data.
             batch_size: Examples at a time.
 
         Yields:
@@ -163,10 +166,12 @@ class Trainer:
         """
         count = min(examples, self.examples)
         chosen = [index * self.examples // count for index in range(count)]
+        device = device_of(model)
         with evaluation_mode(model):
             for start in range(0, count, batch_size):
                 rows = self._data.select(chosen[start : start + batch_size])
-                batch = to_device(self.task.collate(rows), device_of(model))
+                with seeded(seed + start, device):
+                    batch = to_device(self.task.collate(rows), device)
                 yield batch
                 with torch.no_grad():
                     self.task.loss(model, batch)
