@@ -1,5 +1,6 @@
 """Dying clients cost their own update only; a run that is killed goes on to the same result."""
 
+import contextlib
 import errno
 import json
 import os
@@ -179,6 +180,26 @@ class PowerCutError(BaseException):
     """Nobody catches it."""
 
 
+def running():
+    """Process -> its parent; the dead that nobody has buried are left out."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The name, in parentheses, may hold spaces: state and parent come after it.
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents[int(path.parent.name)] = int(parent)
+    return parents
+
+
+def descendants(pid):
+    """All processes below this one."""
+    parents, found = running(), {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
 class TestAKilledRun:
     @pytest.mark.parametrize("event", ["finished 1", "client 2"])
     def test_goes_on_to_the_same_result(self, event, tmp_path, uninterrupted):
@@ -193,6 +214,21 @@ class TestAKilledRun:
         assert process.returncode == -signal.SIGKILL
         assert len(metrics(tmp_path)) == 1
         check_resumed(tmp_path, uninterrupted)
+
+    @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+    def test_leaves_no_worker_behind(self, tmp_path):
+        arguments = [sys.executable, str(SCRIPT), str(tmp_path), "3", "--stop", "finished 1"]
+        arguments += ["--workers", "2"]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+            while process.stdout.readline().strip() != "finished 1":
+                pass
+            left = descendants(process.pid)
+            assert len(left) >= 2
+            process.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while left & running().keys():
+            assert time.monotonic() < deadline, "workers outlive their server"
+            time.sleep(0.1)
 
     def test_in_the_middle_of_a_file_goes_on_to_the_same_result(
         self, tmp_path, uninterrupted, monkeypatch

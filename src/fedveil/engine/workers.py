@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import traceback
 from collections import deque
@@ -254,10 +256,19 @@ def _settle_in(place: Workplace, matmul_precision: str) -> None:
     global _place
     # Ctrl-C reaches every process of the terminal: the server stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_the_server, daemon=True).start()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision(matmul_precision)  # as in the process that started this one
     # Tensors that are handed to a process share memory with everyone else's: take a copy to train.
     _place = replace(place, architecture=copy.deepcopy(place.architecture))
+
+
+def _leave_with_the_server() -> None:
+    """A server that is killed closes nothing: its workers would wait for work for ever."""
+    server = multiprocessing.parent_process()
+    assert server is not None
+    server.join()
+    os._exit(1)
 
 
 def _work_here(job: Job) -> Answer:
