@@ -1,13 +1,15 @@
 """Weights and settings for hypothesis, and a quantizer in plain Python to compare with."""
 
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from fedveil.quantization import BITS, NormalFloat
+from fedveil.quantization import BITS, NormalFloat, blockwise, quantize
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 ORDINARY = st.floats(-4, 4, width=32)
@@ -72,3 +74,59 @@ def nearest(value, levels):
         if value > (lower + upper) / np.float32(2):
             place += 1
     return place
+
+
+@contextmanager
+def arithmetic(way):
+    """Work on tensors of any size with "numba" or "torch"."""
+    if way == "numba":
+        pytest.importorskip("numba", reason="kernels need numba")
+        assert blockwise.kernels() == "numba"
+    module = blockwise._load() if way == "numba" else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "_compiled", lambda tensor: None if tensor.is_cuda else module)
+        yield
+
+
+@st.composite
+def large_weights(draw):
+    """Float32 of several chunks along and across units: any order in memory, and any oddity."""
+    units, fan_in = draw(st.integers(0, 150)), draw(st.integers(1, 300))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    values = generator.standard_normal((units, fan_in), np.float32)
+    values *= np.float32(2.0) ** draw(st.integers(-120, 120))
+    odd = generator.random(values.shape) < draw(st.sampled_from([0, 0.01, 0.5]))
+    values[odd] = generator.choice(ODDITIES, int(odd.sum()))
+    weight, axis = torch.from_numpy(values), 0
+    match draw(st.sampled_from(["rows", "columns", "apart", "steps", "blocks"])):
+        case "columns":
+            weight, axis = weight.t().contiguous(), 1
+        case "apart":  # rows of a larger matrix
+            weight = torch.zeros(units, fan_in + 3)[:, 2:-1].copy_(weight)
+        case "steps":
+            weight = torch.zeros(units, 2 * fan_in)[:, ::2].copy_(weight)
+        case "blocks" if fan_in % 3 == 0:  # like a convolution cut along its inputs
+            weight, axis = weight.view(units, fan_in // 3, 3).transpose(0, 1).contiguous(), 1
+    return weight, axis
+
+
+ODDITIES = np.array(
+    [0.0, -0.0, 1e-45, -1e-39, 2.0**-126, 2.0**-100, -(2.0**-101), 1.0, -1.0, 3.4e38, -3.4e38],
+    np.float32,
+)
+
+
+def ties(bits):
+    """Units of 130 values that lie exactly on thresholds times their scale, and one bit beside."""
+    thresholds = NormalFloat(bits).thresholds.numpy()
+    scales = np.float32([1, 0.75, 1.1, 3e-30, 7e37, 0.1])[:, None]
+    on = scales * np.resize(thresholds, 43)
+    below, above = np.nextafter(on, np.float32(-9e37)), np.nextafter(on, np.float32(9e37))
+    return torch.from_numpy(np.concatenate([on, below, above, scales], axis=1))
+
+
+def quantized_elsewhere(weight, way):
+    """For a process of its own."""
+    with arithmetic(way):
+        packed = quantize(weight, axis=1)
+        return packed.codes, packed.scales, packed.unit_scales, packed.dequantize()

@@ -1,110 +1,206 @@
 """Rows of float32 to codes and scales, and back: the one door to the arithmetic.
 
-These two functions are the reference; a faster kernel replaces them here and must give the same
-bits. To make that possible every step is one correctly rounded float32 operation (or an exact one),
-and no value that counts is ever a subnormal number, so processors that flush those agree too.
+Behind it are two ways of doing the same, bit for bit: kernels compiled by numba, for tensors on the
+CPU, and PyTorch, everywhere else. numba is imported only once PyTorch has had enough to do to make
+up for the time that takes; a process that handles small models never imports it.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import os
+import sys
+from collections.abc import Mapping
+from functools import cache
+from math import prod
+from types import ModuleType
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from fedveil.quantization.codebook import NormalFloat
-from fedveil.quantization.packing import pack, unpack
+from fedveil.errors import ConfigurationError
+from fedveil.quantization import reference
+from fedveil.quantization.reference import SMALLEST_SCALE, scale_values
 
-__all__ = ["SMALLEST_SCALE", "decode_rows", "encode_rows", "scale_values"]
+__all__ = [
+    "SMALLEST_SCALE",
+    "add_rows",
+    "as_matrix",
+    "decode_rows",
+    "encode_rows",
+    "gather_rows",
+    "in_place",
+    "kernels",
+    "scale_values",
+]
 
-SMALLEST_SCALE: Final = 2.0**-100
-"""A block whose absolute maximum is below this (7.9e-31) counts as a block of zeros."""
-
-_STEPS: Final = 255
-"""A block's scale is this many-th parts of its unit's scale: an 8-bit code."""
+_PAYS_OFF: Final = 2**24
+"""Values after which importing numba, about a third of a second, would have been the faster way."""
 
 
-def encode_rows(rows: Tensor, *, bits: int, block: int, double: bool) -> dict[str, Tensor]:
+class _Work:
+    """What PyTorch has done in this process so far, in values."""
+
+    done = 0
+
+
+def kernels(device: torch.device | str = "cpu") -> Literal["numba", "torch"]:
+    """Which arithmetic works on large tensors of a device; its results are the same either way.
+
+    Asking makes up the mind: from then on tensors of any size are worked on by it. The environment
+    variable `FEDVEIL_KERNELS=torch`, set before the first use, leaves numba aside.
+    """
+    if torch.device(device).type == "cpu" and _load() is not None:
+        _Work.done = _PAYS_OFF
+        return "numba"
+    return "torch"
+
+
+def as_matrix(unit_first: Tensor) -> Tensor | None:
+    """A view of a tensor [units, ...] as [units, fan_in], if there is one."""
+    fan_in = prod(unit_first.shape[1:])
+    try:
+        return unit_first.view(len(unit_first), fan_in)
+    except RuntimeError:  # the values of a unit are not all at the same distance from the next
+        return None
+
+
+def in_place(unit_first: Tensor) -> Tensor | None:
+    """The same view, if kernels work on it where it lies: it may then be handed over whole.
+
+    If not, what is handed over should be small, for PyTorch makes several copies of it. To be asked
+    once for each tensor: asking is how it is known what there is to do.
+    """
+    if unit_first.device.type == "cpu":
+        _Work.done = min(_Work.done + unit_first.numel(), _PAYS_OFF)
+    compiled, matrix = _compiled(unit_first), as_matrix(unit_first)
+    return (
+        matrix if compiled is not None and matrix is not None and compiled.suits(matrix) else None
+    )
+
+
+def encode_rows(
+    rows: Tensor, out: Mapping[str, Tensor], *, bits: int, block: int, first_unit: int = 0
+) -> None:
     """Quantize whole units; no unit's result depends on another's.
 
     Args:
-        rows: finite float32 [units, fan_in], one unit a row; not modified.
+        rows: float32 [units, fan_in], one unit a row, any strides; not modified.
+        out: where to write, contiguous. "codes" uint8 [units, ceil(fan_in * bits / 8)], and either
+            "scales" uint8 [units, blocks] with "unit_scales" float32 [units], or only "scales"
+            float32 [units, blocks].
         bits: code width.
         block: values per scale.
-        double: write a block's scale as an 8-bit fraction of its unit's scale.
+        first_unit: the number of the first row's unit, for errors.
 
-    Returns:
-        "codes" uint8 [units, ceil(fan_in * bits / 8)]; "scales" uint8 [units, blocks] and
-        "unit_scales" float32 [units], or, unless `double`, only "scales" float32 [units, blocks].
+    Raises:
+        ConfigurationError: a value is NaN or infinite.
     """
-    peaks = torch.cat([part.abs().amax(-1) for part in _block_views(rows, block)], dim=1)
-    peaks = torch.where(peaks < SMALLEST_SCALE, 0.0, peaks)
-    scales, unit_scales = _fractions(peaks) if double else (peaks, None)
-    divisors = scale_values(scales, unit_scales)
-    divisors = torch.where(divisors > 0, divisors, 1.0)
-    normalized = rows.clone(memory_format=torch.contiguous_format)
-    for part, divisor in zip(
-        _block_views(normalized, block), _scale_views(divisors, rows.shape[1], block), strict=True
-    ):
-        part.div_(divisor)
-    thresholds = NormalFloat(bits).thresholds.to(rows.device)
-    codes = torch.bucketize(normalized, thresholds, out_int32=True).to(torch.uint8)
-    parts = {"codes": pack(codes, bits), "scales": scales}
-    return parts if unit_scales is None else {**parts, "unit_scales": unit_scales}
+    compiled = _compiled(rows)
+    if compiled is not None and compiled.suits(rows):
+        if compiled.encode(rows, out, bits=bits, block=block):
+            return
+        raise _not_finite(rows, first_unit)
+    if not _is_finite(rows):
+        raise _not_finite(rows, first_unit)
+    encoded = reference.encode(rows, bits=bits, block=block, double="unit_scales" in out)
+    for name, part in out.items():
+        part.copy_(encoded[name])
 
 
-def decode_rows(
-    codes: Tensor, scales: Tensor, unit_scales: Tensor | None, *, bits: int, block: int, fan_in: int
-) -> Tensor:
+def decode_rows(parts: Mapping[str, Tensor], out: Tensor, *, bits: int, block: int) -> None:
     """Undo `encode_rows`: level times scale, one float32 multiplication a value.
 
-    Returns:
-        float32 [units, fan_in].
+    Args:
+        parts: as `encode_rows` writes them.
+        out: float32 [units, fan_in], any strides.
+        bits: code width.
+        block: values per scale.
     """
-    numbers = unpack(codes, bits, fan_in)
-    levels = NormalFloat(bits).levels.to(codes.device)
-    rows = levels.index_select(0, numbers.flatten().int()).view(numbers.shape)
-    values = scale_values(scales, unit_scales)
-    for part, scale in zip(
-        _block_views(rows, block), _scale_views(values, fan_in, block), strict=True
-    ):
-        part.mul_(scale)
-    return rows
+    compiled = _compiled(out)
+    if compiled is not None and compiled.suits(out):
+        compiled.decode(parts, out, bits=bits, block=block)
+    else:
+        out.copy_(_decode(parts, out.shape[1], bits, block))
 
 
-def scale_values(scales: Tensor, unit_scales: Tensor | None) -> Tensor:
-    """Float32 [units, blocks]: the scales as numbers, unit scale times (code / 255)."""
-    if unit_scales is None:
-        return scales
-    return unit_scales[:, None] * (scales.float() / _STEPS)
+def add_rows(
+    parts: Mapping[str, Tensor], out: Tensor, units: Tensor, weight: float, *, bits: int, block: int
+) -> None:
+    """Decode, multiply by `weight`, add to rows: three float32 roundings a value.
 
-
-def _fractions(peaks: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 [units, blocks] of absolute maxima -> 8-bit codes of the same shape, unit scales.
-
-    Rounded to the nearest (half to even), but at least 1 unless the block is zero: a small block
-    beside a large one keeps its signs and does not divide by zero.
+    Args:
+        parts: as `encode_rows` writes them.
+        out: float32 [rows, fan_in], any strides.
+        units: int64 [units], strictly ascending: the row that each unit is added to.
+        weight: rounded to float32.
+        bits: code width.
+        block: values per scale.
     """
-    unit_scales = peaks.amax(dim=1)
-    shares = peaks / torch.where(unit_scales > 0, unit_scales, 1.0)[:, None]
-    codes = (shares * _STEPS).round().clamp(min=1)
-    return torch.where(peaks > 0, codes, 0.0).to(torch.uint8), unit_scales
+    compiled = _compiled(out)
+    if compiled is not None and compiled.suits(out):
+        compiled.decode(parts, out, bits=bits, block=block, units=units, weight=weight)
+    else:
+        out.index_add_(0, units, _decode(parts, out.shape[1], bits, block) * weight)
 
 
-def _block_views(rows: Tensor, block: int) -> list[Tensor]:
-    """[units, fan_in] -> views [units, whole blocks, block] and, if ragged, [units, 1, rest]."""
-    fan_in = rows.shape[1]
-    whole = fan_in // block
-    views = [rows[:, : whole * block].view(len(rows), whole, block)] if whole else []
-    if fan_in % block:
-        views.append(rows[:, whole * block :].unsqueeze(1))
-    return views
+def gather_rows(source: Tensor, units: Tensor, out: Tensor) -> None:
+    """Copy rows; both tensors have the same dtype, device and row length.
+
+    Args:
+        source: [rows, ...].
+        units: int64 [k], numbers of rows.
+        out: [k, ...].
+    """
+    compiled = _compiled(source)
+    if compiled is not None and source.is_contiguous() and out.is_contiguous():
+        compiled.gather_rows(source, units, out)
+    else:
+        torch.index_select(source, 0, units, out=out)
 
 
-def _scale_views(scales: Tensor, fan_in: int, block: int) -> list[Tensor]:
-    """[units, blocks] -> views that broadcast against those of `_block_views`."""
-    whole = fan_in // block
-    views = [scales[:, :whole, None]] if whole else []
-    if fan_in % block:
-        views.append(scales[:, whole:, None])
-    return views
+def _decode(parts: Mapping[str, Tensor], fan_in: int, bits: int, block: int) -> Tensor:
+    scales, unit_scales = parts["scales"], parts.get("unit_scales")
+    return reference.decode(
+        parts["codes"], scales, unit_scales, bits=bits, block=block, fan_in=fan_in
+    )
+
+
+def _compiled(tensor: Tensor) -> ModuleType | None:
+    """The module of compiled kernels, if it is to be used."""
+    return _load() if tensor.device.type == "cpu" and _Work.done == _PAYS_OFF else None
+
+
+@cache
+def _load() -> ModuleType | None:
+    """The module of compiled kernels, or None where it does not work."""
+    if os.environ.get("FEDVEIL_KERNELS") == "torch" or sys.byteorder != "little":
+        return None
+    try:
+        import numba
+    except ImportError:
+        return None
+    if getattr(numba.config, "DISABLE_JIT", 0):  # kernels would run in the interpreter
+        return None
+    from fedveil.quantization import compiled
+
+    return compiled
+
+
+def _is_finite(rows: Tensor) -> bool:
+    if not rows.numel():
+        return True
+    low, high = rows.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _not_finite(rows: Tensor, first_unit: int) -> ConfigurationError:
+    bad = ~torch.isfinite(rows)
+    return ConfigurationError(
+        "a weight to be quantized holds NaN or infinity (as float32)",
+        expected="finite values",
+        found=f"{int(bad.sum())} of {rows.numel()} looked at, first in unit "
+        f"{first_unit + int(bad.any(1).nonzero()[0])}",
+        where="weight",
+        fix="Find the round in which training diverged; lower the learning rate or clip.",
+    )

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from fedveil.errors import ConfigurationError
-from fedveil.quantization.blockwise import decode_rows, encode_rows
+from fedveil.quantization.blockwise import (
+    add_rows,
+    as_matrix,
+    decode_rows,
+    encode_rows,
+    gather_rows,
+    in_place,
+)
 from fedveil.quantization.layout import part_layout, values_per_unit
 
 __all__ = ["QuantizedTensor", "quantize"]
 
-_CHUNK_VALUES: Final = 2**20
-"""Values worked on at once (whole units, at least one): bounds extra memory to tens of MiB."""
+_CHUNK_VALUES: Final = 2**17
+"""Values worked on at once (whole units, at least one) where kernels cannot work in place: what a
+second-level cache holds. Up to eight times as many if they make fewer than `_FEWEST_UNITS`."""
+
+_FEWEST_UNITS: Final = 64
+"""Units that should be worked on together: where units lie across rows, these are whole cache lines
+of every row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +71,7 @@ class QuantizedTensor:
         )
         for name, (dtype, shape) in layout.items():
             _check_part(name, getattr(self, name), dtype, shape)
-        if len({part.device for part in self._parts()}) > 1:
+        if len({part.device for part in self._parts().values()}) > 1:
             raise ConfigurationError("codes and scales of a quantized tensor lie on two devices")
 
     @property
@@ -80,13 +92,20 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the codes and all scales."""
-        return sum(part.numel() * part.element_size() for part in self._parts())
+        return sum(part.numel() * part.element_size() for part in self._parts().values())
+
+    @property
+    def largest(self) -> float:
+        """No decoded value is larger in size: the largest scale."""
+        scales = self.scales if self.unit_scales is None else self.unit_scales
+        return float(scales.max()) if scales.numel() else 0.0
 
     def dequantize(self, out: Tensor | None = None) -> Tensor:
         """Decode to numbers.
 
         Args:
-            out: where to write: logical shape, any floating dtype, device and strides.
+            out: where to write: logical shape, any floating dtype, device and strides. Float32 on
+                the CPU with units along or across its rows is written without a copy.
 
         Returns:
             `out`, or a new contiguous float32 tensor of the logical shape.
@@ -103,49 +122,109 @@ class QuantizedTensor:
                 found=f"{out.dtype} {list(out.shape)}",
                 where="out",
             )
-        with torch.no_grad():
-            target = out.movedim(self.axis, 0)
-            for rows in _chunks(self.units, self.fan_in):
-                target[rows].copy_(self._decode(rows).view(-1, *target.shape[1:]))
+        target = out.detach().movedim(self.axis, 0)
+        matrix = self._in_place(target)
+        if matrix is not None:
+            decode_rows(self._parts(), matrix, bits=self.bits, block=self.block)
+        else:
+            for rows, values in self._decoded(target):
+                target[rows].copy_(values)
         return out
 
-    def select(self, units: Tensor) -> QuantizedTensor:
+    def add_to(self, total: Tensor, units: Tensor, weight: float = 1.0) -> None:
+        """Add the decoded values times `weight` to some units of a running sum, in one pass.
+
+        With a float32 sum on the CPU nothing is decoded beside it. The result is that of
+        `total.index_add_(axis, units, dequantize() * weight)`, bit for bit.
+
+        Args:
+            total: float32 or float64, of the logical shape but for `axis`; changed in place.
+            units: int64 [units], strictly ascending: where in `total` each unit belongs.
+            weight: what values are multiplied by, as float32, before they are added.
+
+        Raises:
+            ConfigurationError: `total` or `units` is not as described; nothing was added.
+        """
+        _check_total(total, self.shape, self.axis)
+        _check_selection(units, total.shape[self.axis])
+        if len(units) != self.units or not bool((units[1:] > units[:-1]).all()):
+            raise ConfigurationError(
+                "units to add to are strictly ascending, one for each unit",
+                expected=f"{self.units} units",
+                found=f"{len(units)}",
+                where="units",
+            )
+        target, units = total.detach().movedim(self.axis, 0), units.to(total.device)
+        matrix = self._in_place(target)
+        if matrix is not None:
+            add_rows(self._parts(), matrix, units, weight, bits=self.bits, block=self.block)
+        else:
+            for rows, values in self._decoded(target):
+                target.index_add_(0, units[rows], (values * weight).to(target))
+
+    def select(self, units: Tensor, out: QuantizedTensor | None = None) -> QuantizedTensor:
         """Gather units along `axis`: the very bits that quantizing the gathered weight would give.
 
         Args:
             units: int64 [k], each from 0 to units - 1, in any order, repeats allowed.
+            out: where to write: a tensor of the same settings whose `shape[axis]` is k, for
+                instance views of a buffer that is sent; its parts are overwritten.
 
         Returns:
-            A tensor whose `shape[axis]` is k, with memory of its own.
+            `out`, or a tensor with memory of its own.
 
         Raises:
-            ConfigurationError: `units` is not an int64 vector or names a unit that is not there.
+            ConfigurationError: `units` is not an int64 vector or names a unit that is not there;
+                `out` does not fit.
         """
         _check_selection(units, self.units)
         chosen = units.to(self.codes.device)
         shape = (*self.shape[: self.axis], len(chosen), *self.shape[self.axis + 1 :])
-        unit_scales = None if self.unit_scales is None else self.unit_scales.index_select(0, chosen)
-        return replace(
-            self,
-            shape=shape,
-            codes=self.codes.index_select(0, chosen),
-            scales=self.scales.index_select(0, chosen),
-            unit_scales=unit_scales,
-        )
+        if out is None:
+            empty: dict[str, Any] = {
+                name: part.new_empty((len(chosen), *part.shape[1:]))
+                for name, part in self._parts().items()
+            }
+            out = replace(self, shape=shape, **empty)
+        elif out._settings() != (*self._settings()[:-1], shape):
+            raise ConfigurationError(
+                "cannot gather into a tensor of other settings",
+                expected=f"{(*self._settings()[:-1], shape)}",
+                found=f"{out._settings()}",
+                where="out",
+            )
+        targets = out._parts()
+        for name, part in self._parts().items():
+            gather_rows(part, chosen, targets[name])
+        return out
 
-    def _parts(self) -> list[Tensor]:
-        return [p for p in (self.codes, self.scales, self.unit_scales) if p is not None]
+    def _settings(self) -> tuple[int, int, int, bool, tuple[int, ...]]:
+        return self.bits, self.block, self.axis, self.double, self.shape
 
-    def _decode(self, rows: slice) -> Tensor:
-        unit_scales = None if self.unit_scales is None else self.unit_scales[rows]
-        return decode_rows(
-            self.codes[rows],
-            self.scales[rows],
-            unit_scales,
-            bits=self.bits,
-            block=self.block,
-            fan_in=self.fan_in,
-        )
+    def _parts(self) -> dict[str, Tensor]:
+        names = ("codes", "scales", "unit_scales") if self.double else ("codes", "scales")
+        return {name: getattr(self, name) for name in names}
+
+    def _in_place(self, unit_first: Tensor) -> Tensor | None:
+        return in_place(unit_first) if unit_first.device == self.codes.device else None
+
+    def _decoded(self, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Some units at a time in float32, with which they are.
+
+        Args:
+            like: at least as many units, units first: values lie in memory in its order.
+        """
+        parts = self._parts()
+        for rows in _chunks(self.units, self.fan_in):
+            model = like[: rows.stop - rows.start]
+            values = torch.empty_like(model, dtype=torch.float32, device=self.codes.device)
+            matrix = as_matrix(values)
+            if matrix is None:
+                values = torch.empty(model.shape, dtype=torch.float32, device=self.codes.device)
+                matrix = values.view(-1, self.fan_in)
+            chunk = {name: part[rows] for name, part in parts.items()}
+            decode_rows(chunk, matrix, bits=self.bits, block=self.block)
+            yield rows, values
 
 
 def quantize(
@@ -182,18 +261,22 @@ def quantize(
         name: torch.empty(extents, dtype=dtype, device=weight.device)
         for name, (dtype, extents) in layout.items()
     }
-    unit_first, fan_in = weight.detach().movedim(axis, 0), values_per_unit(shape, axis)
-    for rows in _chunks(shape[axis], fan_in):
-        values = unit_first[rows].reshape(-1, fan_in).float()
-        _refuse_not_finite(values, rows.start)
-        encoded = encode_rows(values, bits=bits, block=block, double=double)
-        for name, part in parts.items():
-            part[rows] = encoded[name]
+    unit_first = weight.detach().movedim(axis, 0)
+    matrix = in_place(unit_first)
+    if matrix is not None:
+        encode_rows(matrix, parts, bits=bits, block=block)
+    else:
+        fan_in = values_per_unit(shape, axis)
+        for rows in _chunks(shape[axis], fan_in):
+            values = unit_first[rows].float().reshape(-1, fan_in)
+            chunk = {name: part[rows] for name, part in parts.items()}
+            encode_rows(values, chunk, bits=bits, block=block, first_unit=rows.start)
     return QuantizedTensor(bits, block, axis, shape, **parts)
 
 
 def _chunks(units: int, fan_in: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_VALUES // fan_in)
+    few = min(_FEWEST_UNITS, 8 * _CHUNK_VALUES // fan_in)
+    step = max(1, few, _CHUNK_VALUES // fan_in)
     for start in range(0, units, step):
         yield slice(start, min(start + step, units))
 
@@ -230,16 +313,21 @@ def _check_selection(units: Tensor, count: int) -> None:
         )
 
 
-def _refuse_not_finite(values: Tensor, first_unit: int) -> None:
-    low, high = values.aminmax()
-    if torch.isfinite(low) and torch.isfinite(high):
-        return
-    bad = ~torch.isfinite(values)
-    raise ConfigurationError(
-        "a weight to be quantized holds NaN or infinity (as float32)",
-        expected="finite values",
-        found=f"{int(bad.sum())} of {values.numel()} looked at, first in unit "
-        f"{first_unit + int(bad.any(1).nonzero()[0])}",
-        where="weight",
-        fix="Find the round in which training diverged; lower the learning rate or clip.",
-    )
+def _check_total(total: Tensor, shape: tuple[int, ...], axis: int) -> None:
+    fits = isinstance(total, Tensor) and total.dtype in (torch.float32, torch.float64)
+    if (
+        not fits
+        or total.dim() != len(shape)
+        or _without(total.shape, axis) != _without(shape, axis)
+    ):
+        found = f"{total.dtype} {list(total.shape)}" if isinstance(total, Tensor) else f"{total!r}"
+        raise ConfigurationError(
+            "cannot add to this tensor",
+            expected=f"float32 or float64 of shape {list(shape)}, axis {axis} of any length",
+            found=found,
+            where="total",
+        )
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], *shape[axis + 1 :])
