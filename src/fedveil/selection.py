@@ -80,9 +80,14 @@ class Selection:
         """Put a released part back in its place in ``out``; the other elements stay as they are."""
         _replace(list(self.positions(name).items()), out, lambda inner: inner.copy_(part))
 
-    def add(self, name: str, part: Tensor, out: Tensor) -> None:
-        """Add a released part to the elements of ``out`` that it came from."""
-        _replace(list(self.positions(name).items()), out, lambda inner: inner.add_(part))
+    def add(self, name: str, part: Tensor, out: Tensor, weight: float = 1.0) -> None:
+        """Add a released part times ``weight`` to the elements of ``out`` that it came from."""
+        cuts = list(self.positions(name).items())
+        _replace(cuts, out, lambda inner: inner.add_(part, alpha=weight))
+
+    def is_scaled(self, name: str) -> bool:
+        """Whether units of a tensor have unbiased factors other than 1."""
+        return bool(self._factors.get(name))
 
     def scale(self, name: str, part: Tensor) -> Tensor:
         """Multiply a released part by the unbiased factors of its units."""

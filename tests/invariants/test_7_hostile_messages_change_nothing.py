@@ -63,7 +63,7 @@ def refused(server, hostile, weight=4.0, client="b"):
 
 
 def read(message):
-    return Message.from_bytes(message) if isinstance(message, bytes) else message
+    return Message.from_bytes(message) if isinstance(message, bytes | bytearray) else message
 
 
 def with_section(message, name, section):

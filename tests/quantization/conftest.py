@@ -1,7 +1,8 @@
 """Every test here runs twice: on the compiled kernels, and on PyTorch."""
 
 import pytest
-from quantization_samples import arithmetic
+
+from arithmetic import arithmetic
 
 
 @pytest.fixture(autouse=True, scope="module", params=["numba", "torch"])

@@ -1,15 +1,14 @@
 """Weights and settings for hypothesis, and a quantizer in plain Python to compare with."""
 
-from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from fedveil.quantization import BITS, NormalFloat, blockwise, quantize
+from arithmetic import arithmetic
+from fedveil.quantization import BITS, NormalFloat, quantize
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 ORDINARY = st.floats(-4, 4, width=32)
@@ -74,18 +73,6 @@ def nearest(value, levels):
         if value > (lower + upper) / np.float32(2):
             place += 1
     return place
-
-
-@contextmanager
-def arithmetic(way):
-    """Work on tensors of any size with "numba" or "torch"."""
-    if way == "numba":
-        pytest.importorskip("numba", reason="kernels need numba")
-        assert blockwise.kernels() == "numba"
-    module = blockwise._load() if way == "numba" else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "_compiled", lambda tensor: None if tensor.is_cuda else module)
-        yield
 
 
 @st.composite

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantization_samples import (
-    arithmetic,
     large_weights,
     quantized_elsewhere,
     same,
@@ -22,6 +21,7 @@ from quantization_samples import (
     ties,
 )
 
+from arithmetic import arithmetic
 from fedveil.errors import ConfigurationError
 from fedveil.quantization import BITS, QuantizedTensor, blockwise, kernels, part_layout, quantize
 

@@ -280,4 +280,4 @@ def test_unbiased_proxies_are_scaled_on_the_client():
 
 def test_a_server_does_not_keep_packed_weights_between_rounds():
     server = play(FedQSN(), mlp())
-    assert server._packed == {}
+    assert server._sources == {}

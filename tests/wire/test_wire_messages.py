@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_samples import messages, same_message, same_tensor, small_message, taken_apart
 
+from arithmetic import arithmetic
 from fedveil.errors import ConfigurationError, WireError
-from fedveil.quantization import QuantizedTensor, quantize
-from fedveil.wire import Dense, Limits, Message, Statistics, UnitIndex
+from fedveil.quantization import BITS, QuantizedTensor, quantize
+from fedveil.wire import Dense, Gathered, Limits, Message, Sections, Statistics, UnitIndex
 
 
 def only(section):
@@ -47,19 +49,91 @@ def test_the_order_of_building_does_not_show(message, random):
     assert again.to_bytes() == message.to_bytes()
 
 
-@pytest.mark.parametrize("container", [bytes, bytearray, memoryview])
-def test_any_buffer_is_read_and_not_kept(container):
-    data = bytearray(small_message().to_bytes())
-    source = container(data)
-    arrived = Message.from_bytes(source)
-    for section in arrived.sections.values():
+def zero_all(message):
+    for section in message.sections.values():
         for part in ("tensor", "codes", "scales"):
             if hasattr(section, part):
                 getattr(section, part).zero_()
-    if container is not bytes:
-        assert bytes(source) == small_message().to_bytes()
-        data[:] = bytes(len(data))
-    assert arrived.client == "clinic-2"
+
+
+@pytest.mark.parametrize("container", [bytes, lambda data: memoryview(bytes(data))])
+def test_what_cannot_be_written_to_is_copied_once(container):
+    source = container(small_message().to_bytes())
+    zero_all(Message.from_bytes(source))
+    assert bytes(source) == small_message().to_bytes()
+
+
+@pytest.mark.parametrize("view", [lambda data: data, memoryview])
+def test_tensors_are_views_of_bytes_that_can_be_written_to(view):
+    data = small_message().to_bytes()
+    arrived = Message.from_bytes(view(data))
+    assert same_message(arrived, small_message())
+    zero_all(arrived)
+    assert data != small_message().to_bytes()
+    with pytest.raises(WireError, match="altered"):
+        Message.from_bytes(data)
+
+
+@pytest.mark.parametrize("make", [bytearray, lambda n: np.zeros(n, np.uint8)])
+def test_a_message_is_written_into_memory_that_is_there(make):
+    message = small_message()
+    buffer = make(message.nbytes + 5)
+    written = message.write_into(buffer)
+    assert bytes(written) == message.to_bytes()
+    assert bytes(buffer)[message.nbytes :] == bytes(5)
+
+
+@pytest.mark.parametrize("buffer", [bytearray(3), bytes(10**5), "text", None])
+def test_a_buffer_that_does_not_fit_is_refused(buffer):
+    with pytest.raises(WireError, match="buffer cannot"):
+        small_message().write_into(buffer)
+
+
+@st.composite
+def gathered(draw):
+    """Some units of a section, and the section of these units alone."""
+    axis, units = draw(st.integers(0, 1)), draw(st.integers(0, 60))
+    shape = [draw(st.integers(1, 40))] * 2
+    shape[axis] = units
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    rows = draw(st.lists(st.integers(0, units - 1), max_size=80)) if units else []
+    chosen = torch.tensor(rows, dtype=torch.int64)
+    if draw(st.booleans()):
+        options = {"bits": draw(st.sampled_from(BITS)), "double": draw(st.booleans())}
+        whole = quantize(weight, axis=axis, block=draw(st.sampled_from([7, 64])), **options)
+        return Gathered(whole, chosen), whole.select(chosen)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.uint8]))
+    whole = weight.movedim(axis, 0).to(dtype)
+    return Gathered(Dense(whole), chosen), Dense(whole.index_select(0, chosen))
+
+
+@pytest.mark.parametrize("way", ["numba", "torch"])
+@given(st.lists(gathered(), max_size=5))
+def test_gathering_into_the_message_changes_no_byte(way, pairs):
+    late = Sections({f"s{i}": late for i, (late, _) in enumerate(pairs)})
+    early = {f"s{i}": early for i, (_, early) in enumerate(pairs)}
+    with arithmetic(way):
+        data = Message("proxy", "s", 0, "c", late).to_bytes()
+    assert data == Message("proxy", "s", 0, "c", early).to_bytes()
+    assert same_message(Message("proxy", "s", 0, "c", late), Message("proxy", "s", 0, "c", early))
+
+
+@pytest.mark.parametrize("way", ["numba", "torch"])
+@pytest.mark.parametrize("bad", [-1, 5])
+def test_units_that_are_not_there_are_not_gathered(way, bad):
+    units = torch.tensor([0, bad])
+    for whole in (quantize(torch.ones(5, 3)), Dense(torch.ones(5, 3))):
+        message = Message("proxy", "s", 0, "c", Sections({"w": Gathered(whole, units)}))
+        with arithmetic(way), pytest.raises(ConfigurationError, match="no such unit"):
+            message.to_bytes()
+
+
+def test_units_to_gather_are_whole_numbers():
+    for units in (torch.ones(2), torch.ones(1, 1, dtype=torch.int64)):
+        with pytest.raises(WireError, match="int64 vector"):
+            Gathered(Dense(torch.ones(3)), units)
+    with pytest.raises(WireError, match="without axes"):
+        Gathered(Dense(torch.ones(())), torch.tensor([0]))
 
 
 def test_a_strided_buffer_is_read():

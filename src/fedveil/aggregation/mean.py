@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedveil.aggregation.base import Average, Observed, Replay
 from fedveil.selection import Selection
+from fedveil.updates import Updates
 from fedveil.wire import Message, Section
 
 __all__ = ["Mean", "StreamingMean"]
@@ -79,14 +80,25 @@ class StreamingMean:
         """
         for name, shape in self._shapes.items():
             if name in updates:
-                if name not in self._sums:
-                    self._sums[name] = torch.zeros(shape, dtype=updates[name].dtype)
-                selection.add(name, updates[name] * weight, self._sums[name])
+                self._add(name, updates, selection, weight)
             if name not in self._weights:
                 self._weights[name] = torch.zeros(_weight_shape(selection, name, shape))
-            self._weights[name] += weight * selection.released(name, self._weights[name].shape)
+            held = self._weights[name]
+            cut = selection.positions(name)
+            held += weight * selection.released(name, held.shape) if cut else weight
         self.total_weight += weight
         self.clients += 1
+
+    def _add(
+        self, name: str, updates: Mapping[str, Tensor], selection: Selection, weight: float
+    ) -> None:
+        if name not in self._sums:
+            dtype = updates.dtype(name) if isinstance(updates, Updates) else updates[name].dtype
+            self._sums[name] = torch.zeros(self._shapes[name], dtype=dtype)
+        if isinstance(updates, Updates):
+            updates.add_to(name, self._sums[name], weight)
+        else:
+            selection.add(name, updates[name], self._sums[name], weight)
 
     def mean(self, name: str) -> Tensor | None:
         """The mean update of one tensor at its full shape, or None if none changed it."""

@@ -199,8 +199,7 @@ class RegMeanSums:
 
         A layer without a Gram never fired on the client's data: it counts for next to nothing.
         """
-        others = {name: part for name, part in updates.items() if name not in self._layers}
-        self._others.add(others, selection, weight)
+        self._others.add(updates, selection, weight)
         last, blocks = None, []
         for name in (name for name in self._layers if name in updates):
             system = self._system_of(name, selection)

@@ -276,7 +276,7 @@ class InProcess:
                 fix="The round is in the checkpoint: free some space and run again with resume.",
             ) from error
 
-    def _keep(self, number: int, client: str, kind: str, data: bytes) -> None:
+    def _keep(self, number: int, client: str, kind: str, data: bytearray) -> None:
         if self.folder is None or not self.keep_messages:
             return
         folder = self.folder / "messages" / f"round-{number:06d}"

@@ -53,7 +53,7 @@ class Job:
     the proxy ``"before"`` and ``"after"`` it."""
 
     client: str
-    proxy: bytes
+    proxy: bytearray
     seed: int
     measure: tuple[str, ...] = ()
 
@@ -64,7 +64,7 @@ class Answer:
     the proxy as received and as trained."""
 
     client: str
-    reply: bytes | None
+    reply: bytearray | None
     failure: FedveilError | None = None
     before: Measures | None = None
     after: Measures | None = None

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from math import prod
 from types import ModuleType
 from typing import Final, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedveil.errors import ConfigurationError
@@ -28,6 +30,7 @@ __all__ = [
     "as_matrix",
     "decode_rows",
     "encode_rows",
+    "gather_pieces",
     "gather_rows",
     "in_place",
     "kernels",
@@ -157,6 +160,69 @@ def gather_rows(source: Tensor, units: Tensor, out: Tensor) -> None:
         compiled.gather_rows(source, units, out)
     else:
         torch.index_select(source, 0, units, out=out)
+
+
+def gather_pieces(pieces: Sequence[tuple[Tensor, Tensor | None]], out: NDArray[np.uint8]) -> int:
+    """Copy tensors, or rows of them, one after the other into memory, without a gap.
+
+    Args:
+        pieces: contiguous tensors on the CPU, each with the rows that are wanted, int64 [k], or
+            None for all.
+        out: contiguous, long enough.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        ConfigurationError: there is no such row; some of `out` may be written.
+    """
+    at = 0
+    gathered: list[tuple[Tensor, Tensor, int]] = []
+    for tensor, rows in pieces:
+        if rows is None:
+            end = at + tensor.nbytes
+            out[at:end] = _octets(tensor)
+        else:
+            end = at + len(rows) * (tensor[0].nbytes if len(tensor) else 0)
+            gathered.append((tensor, rows, at))
+        at = end
+    compiled = _compiled(gathered[0][0]) if gathered else None
+    if compiled is not None:
+        bad = compiled.gather_pieces(gathered, out)
+        if bad >= 0:
+            check_rows(gathered[bad][1], len(gathered[bad][0]))
+    else:
+        for tensor, rows, begin in gathered:
+            check_rows(rows, len(tensor))
+            part = _octets(tensor.index_select(0, rows))
+            out[begin : begin + len(part)] = part
+    return at
+
+
+def check_rows(rows: Tensor, count: int) -> None:
+    """Refuse numbers of rows that are not there.
+
+    Raises:
+        ConfigurationError: `rows` is not an int64 vector, or names a row from `count` on.
+    """
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise ConfigurationError("units are chosen by an int64 vector", where="units")
+    if rows.numel():
+        least, most = (int(bound) for bound in rows.aminmax())
+        if least < 0 or most >= count:
+            raise ConfigurationError(
+                "no such unit",
+                expected=f"0 to {count - 1}",
+                found=f"{least} to {most}",
+                where="units",
+            )
+
+
+def _octets(tensor: Tensor) -> NDArray[np.uint8]:
+    # Contiguous tensors of no or one number may have any stride; bytes are only seen through 1.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    octets: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return octets
 
 
 def _decode(parts: Mapping[str, Tensor], fan_in: int, bits: int, block: int) -> Tensor:

@@ -6,7 +6,7 @@ importing numba takes longer than a small model's quantization.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, Final
@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedveil.quantization import loops
 from fedveil.quantization.codebook import NormalFloat
 from fedveil.quantization.loops import CELLS_PER_ONE, DECODERS, ENCODERS, FIRST_CELL, gather
 from fedveil.quantization.vectors import LANES
 
-__all__ = ["decode", "encode", "gather_rows", "suits"]
+__all__ = ["decode", "encode", "gather_pieces", "gather_rows", "suits"]
 
 Array = NDArray[Any]
 
@@ -77,6 +78,28 @@ def gather_rows(source: Tensor, units: Tensor, out: Tensor) -> None:
     width = source.element_size() * (source[0].numel() if len(source) else 0)
     call = partial(gather, _octets(source), width, units.contiguous().numpy(), _octets(out))
     _in_threads(call, len(units), out.numel())
+
+
+def gather_pieces(pieces: Sequence[tuple[Tensor, Tensor, int]], out: NDArray[np.uint8]) -> int:
+    """Copy rows of contiguous tensors; the first piece that names a row that is not there, or -1.
+
+    Args:
+        pieces: a tensor, which of its rows, and where in `out` they go.
+        out: contiguous.
+    """
+    table = np.empty((len(pieces), 6), np.int64)
+    lists: dict[int, tuple[int, int]] = {}
+    units, count = [], 0
+    for number, (tensor, rows, at) in enumerate(pieces):
+        if id(rows) not in lists:  # all tensors that a mask cuts share its list of units
+            lists[id(rows)] = count, count + len(rows)
+            units.append(rows.numpy())
+            count += len(rows)
+        height = len(tensor)
+        width = tensor.nbytes // height if height else 0
+        table[number] = tensor.data_ptr(), height, width, *lists[id(rows)], at
+    bad: int = loops.gather_pieces(table, np.concatenate(units), out)
+    return bad
 
 
 def _in_threads(call: Callable[[int, int], Any], units: int, values: int) -> list[Any]:

@@ -23,16 +23,24 @@ from typing import Any, Final, TypeVar
 
 import numba
 import numpy as np
-from numba import types
+from numba import carray, types  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
 from fedveil.quantization import vectors
 from fedveil.quantization.codebook import BITS
 from fedveil.quantization.vectors import CHUNK, LANES
 
-__all__ = ["CELLS_PER_ONE", "DECODERS", "ENCODERS", "FIRST_CELL", "Kernel", "gather"]
+__all__ = [
+    "CELLS_PER_ONE",
+    "DECODERS",
+    "ENCODERS",
+    "FIRST_CELL",
+    "Kernel",
+    "gather",
+    "gather_pieces",
+]
 
-VECTORS: Final = "bdb884ae494393a3"
+VECTORS: Final = "b2f6678cff313a83"
 """BLAKE2b-64 of vectors.py. numba's cache of compiled code notices changes of this file only, so
 every change of that one must change this one."""
 
@@ -506,15 +514,18 @@ def _decoder(bits: int) -> Kernel:
     return Kernel(decode, signature)
 
 
-def _gather(source: Array, width: int, units: Array, target: Array, first: int, last: int) -> None:
-    """Copy rows of `width` bytes: row `units[n]` to row `n`, for n from `first` to `last`.
+@_part
+def _copy_rows(
+    source: Array, width: int, units: Array, first: int, last: int, target: Array, at: int
+) -> None:
+    """Copy rows of `width` bytes, those that `units` names from place `first` to `last`.
 
     Withheld rows in between make the processor's own guess of what comes next go wrong, so every
     row is asked for some time before it is copied.
     """
     ahead = _AHEAD // max(width, 1) + 1
     for number in range(first, last):
-        i, j = units[number] * width, number * width
+        i, j = units[number] * width, at + (number - first) * width
         coming, k = units[min(number + ahead, last - 1)] * width, 0
         while k + _LINE <= width:
             vectors.prefetch(source, coming + k)
@@ -537,6 +548,28 @@ def _gather(source: Array, width: int, units: Array, target: Array, first: int, 
                 target[np.uint64(j + place)] = source[np.uint64(i + place)]
 
 
+def _gather(source: Array, width: int, units: Array, target: Array, first: int, last: int) -> None:
+    """Copy rows of `width` bytes: row `units[n]` to row `n`, for n from `first` to `last`."""
+    _copy_rows(source, width, units, first, last, target, first * width)
+
+
+def _gather_pieces(table: Array, units: Array, target: Array) -> int:
+    """Copy rows of several tensors; the number of the first piece that names a missing row, or -1.
+
+    A line of the table is (address, rows, width, first, last, at): where the tensor lies, how many
+    rows of how many bytes it has, which of `units` to copy, and to where in `target`.
+    """
+    for piece in range(len(table)):
+        address, rows, width, first, last, at = table[piece]
+        for number in range(first, last):
+            if units[number] < 0 or units[number] >= rows:
+                return piece
+        source = carray(vectors.memory_at(address), (rows * width,), np.uint8)
+        _copy_rows(source, width, units, first, last, target, at)
+    return -1
+
+
 ENCODERS: Final = {bits: _encoder(bits) for bits in BITS}
 DECODERS: Final = {bits: _decoder(bits) for bits in BITS}
 gather: Final = Kernel(_gather, types.void(_U8, _I64, _I64[::1], _U8, _I64, _I64))
+gather_pieces: Final = Kernel(_gather_pieces, _I64(_I64[:, ::1], _I64[::1], _U8))

@@ -13,6 +13,7 @@ from fedveil.errors import ConfigurationError
 from fedveil.quantization.blockwise import (
     add_rows,
     as_matrix,
+    check_rows,
     decode_rows,
     encode_rows,
     gather_rows,
@@ -302,15 +303,9 @@ def _check_part(name: str, part: Tensor, dtype: torch.dtype, shape: tuple[int, .
 
 
 def _check_selection(units: Tensor, count: int) -> None:
-    if not isinstance(units, Tensor) or units.dtype != torch.int64 or units.dim() != 1:
+    if not isinstance(units, Tensor):
         raise ConfigurationError("units are chosen by an int64 vector", where="units")
-    if units.numel() and (int(units.min()) < 0 or int(units.max()) >= count):
-        raise ConfigurationError(
-            "no such unit",
-            expected=f"0 to {count - 1}",
-            found=f"{int(units.min())} to {int(units.max())}",
-            where="units",
-        )
+    check_rows(units, count)
 
 
 def _check_total(total: Tensor, shape: tuple[int, ...], axis: int) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "encode_2",
     "encode_3",
     "encode_4",
+    "memory_at",
     "peak_bits",
     "prefetch",
     "turn",
@@ -193,6 +194,16 @@ def prefetch(typing: Any, source: Any, i: Any) -> tuple[Any, Callable[..., Any]]
         return context.get_dummy_value()
 
     return types.void(source, i), generate
+
+
+@_instruction
+def memory_at(typing: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
+    """`memory_at(address)`: where an int64 points to, for `numba.carray`."""
+
+    def generate(context: Context, build: Builder, sig: Any, args: Any) -> Value:
+        return build.inttoptr(args[0], _BYTE.as_pointer())
+
+    return types.CPointer(types.uint8)(address), generate  # type: ignore[no-untyped-call]
 
 
 def _turner(adding: bool) -> Any:

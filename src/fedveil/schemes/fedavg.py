@@ -90,7 +90,7 @@ class FedAvgServer:
         self._ledger.expect(client, reply, weight)
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         sections, statistics = self._sums.read(reply, self._everything)
-        updates = self._scheme.codec.decode_all(sections, shapes)
+        updates = self._scheme.codec.read(sections, shapes, self._everything)
         self._ledger.accept(client)
         self._sums.add(updates, self._everything, weight, statistics)
 

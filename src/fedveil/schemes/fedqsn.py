@@ -24,7 +24,7 @@ from fedveil.selection import Selection
 from fedveil.state import StateDict
 from fedveil.units import find_units, validate
 from fedveil.updates import SMALL, UpdateCodec, check_bits
-from fedveil.wire import Dense, Message, Section, UnitIndex
+from fedveil.wire import Dense, Gathered, Message, Section, Sections, UnitIndex
 
 __all__ = ["FedQSN"]
 
@@ -141,7 +141,7 @@ class FedQSNServer:
         validate(self._groups, model.state_dict())
         self._masks = Masks(self._groups, scheme.masking, secret)
         self._ledger = RoundLedger[_Sent](scheme.name)
-        self._packed: dict[str, QuantizedTensor] = {}
+        self._sources: dict[str, QuantizedTensor | Dense] = {}
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         self._new_sums = aggregation_of(scheme.aggregation).sums(
             model, shapes, scheme.average, shared_masks=scheme.masking.is_shared
@@ -152,41 +152,37 @@ class FedQSNServer:
         """Quantize the global model once for all clients of the round."""
         self._ledger.begin(number)
         self._sums = self._new_sums()
-        self._packed = {
-            name: quantize(tensor, bits=self._bits, axis=axis, block=self._scheme.block)
-            for name, tensor in self._global.floating()
-            if (axis := self._packed_axis(name)) is not None
-        }
+        self._sources = {name: self._source(name, t) for name, t in self._global.tensors.items()}
 
     def release(self, client: str) -> Message:
-        """Gather this client's proxy from the packed units."""
+        """This client's proxy, to be gathered from what is packed when the message is written."""
         sent = self._ledger.get(client) or self._draw(client)
         self._ledger.record(client, sent)
-        sections: dict[str, Section] = {
+        sections: dict[str, Section | Gathered] = {
             UNIT_PREFIX + group.name: UnitIndex(
                 group.size, sent.released[group.name].units, sent.released[group.name].scale
             )
             for group in self._groups
         }
-        for name, tensor in self._global.tensors.items():
-            sections[name] = self._section(name, tensor, sent.selection)
-        return Message("proxy", self._scheme.name, self._ledger.round, client, sections, {})
+        for name, source in self._sources.items():
+            sections[name] = self._section(name, source, sent.selection)
+        scheme, number = self._scheme.name, self._ledger.round
+        return Message("proxy", scheme, number, client, Sections(sections), {})
 
     def absorb(self, client: str, reply: Message, weight: float) -> None:
         """Add one update to the sums, on the units that this client held."""
         selection = self._ledger.expect(client, reply, weight).selection
-        shapes = {n: selection.shape(n, tensor.shape) for n, tensor in self._global.floating()}
+        shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         parts, statistics = self._sums.read(reply, selection)
-        updates = self._scheme.codec.decode_all(parts, shapes)
+        updates = self._scheme.codec.read(parts, shapes, selection)
         self._ledger.accept(client)
-        unscaled = {name: selection.unscale(name, update) for name, update in updates.items()}
-        self._sums.add(unscaled, selection, weight, statistics)
+        self._sums.add(updates, selection, weight, statistics)
 
     def end_round(self) -> Metrics:
         """Add the mean update to the full-precision weights."""
         self._ledger.end()
         norm = self._global.apply(self._sums) if self._sums.clients else 0.0
-        self._packed = {}
+        self._sources = {}
         return {"clients": self._sums.clients, "update_norm": norm}
 
     def final(self) -> StateDict:
@@ -232,17 +228,34 @@ class FedQSNServer:
         released = self._masks.release(client, self._ledger.round)
         return _Sent(released, Selection(self._groups, released, self._global.shapes))
 
-    def _section(self, name: str, tensor: Tensor, selection: Selection) -> Section:
-        positions = selection.positions(name)
-        if name in self._packed:
-            packed = self._packed[name]
-            return packed.select(positions[packed.axis]) if positions else packed
-        part = selection.gather(name, tensor)
-        if self._is_quantized(name) and part.numel():
+    def _source(self, name: str, tensor: Tensor) -> QuantizedTensor | Dense:
+        """What all clients of the round get their part of: packed, or a copy.
+
+        A message that someone keeps must not change with the model.
+        """
+        axis = self._packed_axis(name)
+        if axis is not None:
+            return quantize(tensor, bits=self._bits, axis=axis, block=self._scheme.block)
+        per_client = self._is_quantized(name)  # see `_section`: what is sent is made anew
+        return Dense(tensor.to(self._global.dtypes[name], copy=not per_client))
+
+    def _section(
+        self, name: str, source: QuantizedTensor | Dense, selection: Selection
+    ) -> Section | Gathered:
+        cuts = selection.positions(name)
+        if not cuts:
+            return source
+        if isinstance(source, QuantizedTensor):
+            return Gathered(source, cuts[source.axis])
+        if self._is_quantized(name):
             # Cut along two axes: blocks along a row would mix input units, so that neither codes
             # nor scales can be gathered. Such tensors (plain nets) are quantized per client.
-            return quantize(part, bits=self._bits, axis=0, block=self._scheme.block)
-        return Dense(part.to(self._global.dtypes[name]))
+            part = selection.gather(name, self._global.tensors[name])
+            if part.numel():
+                return quantize(part, bits=self._bits, axis=0, block=self._scheme.block)
+        if [*cuts] == [0]:
+            return Gathered(source, cuts[0])
+        return Dense(selection.gather(name, source.tensor))
 
     def _is_quantized(self, name: str) -> bool:
         tensor = self._global.tensors[name]

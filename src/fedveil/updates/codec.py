@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fedveil.errors import ConfigurationError, ProtocolError
 from fedveil.quantization import MAX_BLOCK, QuantizedTensor, quantize
+from fedveil.selection import Selection
 from fedveil.wire import Dense, Section
 
-__all__ = ["SMALL", "UpdateCodec", "check_bits"]
+__all__ = ["SMALL", "UpdateCodec", "Updates", "check_bits"]
 
 # Quantizing a tensor this small saves nothing worth its error: biases, norms, a few class logits.
 SMALL = 4096
@@ -46,29 +47,34 @@ class UpdateCodec:
             return Dense(update)
         return quantize(update, bits=bits, axis=axis, block=self.block)
 
-    def decode_all(
-        self, sections: Mapping[str, Section], shapes: Mapping[str, torch.Size]
-    ) -> dict[str, Tensor]:
-        """Decode and check a whole reply before any of it is used.
+    def read(
+        self,
+        sections: Mapping[str, Section],
+        shapes: Mapping[str, torch.Size],
+        selection: Selection,
+    ) -> Updates:
+        """Check a whole reply before any of it is used; nothing is decoded yet.
+
+        Args:
+            sections: Updates by tensor name.
+            shapes: The full shape of every tensor that may have changed.
+            selection: What the client was released.
 
         Raises:
-            ProtocolError: If a section is for a tensor that was not sent, or is no fit update.
+            ProtocolError: If a section is for a tensor that was not sent, or is no fit update:
+                encoded as agreed, of the released shape, finite and of a plausible size.
         """
-        for name in sections:
+        for name, section in sections.items():
             if name not in shapes:
                 raise ProtocolError(
                     "An update is for a tensor that was not sent",
                     where=name,
                     fix="A client returns an update for what it was sent, and nothing else.",
                 )
-        return {name: self.decode(name, part, shapes[name]) for name, part in sections.items()}
+            self._check(name, section, selection.shape(name, shapes[name]))
+        return Updates(sections, selection)
 
-    def decode(self, name: str, section: Section, shape: torch.Size) -> Tensor:
-        """The update in a section, checked: encoded as agreed, of the released shape, finite.
-
-        Raises:
-            ProtocolError: If it is not; nothing else has happened by then.
-        """
+    def _check(self, name: str, section: Section, shape: torch.Size) -> None:
         bits = self._bits(shape)
         expected = "float32" if bits is None else f"{bits} bits"
         if _encoding(section) not in (expected, expected.replace("32", "64")):
@@ -91,20 +97,60 @@ class UpdateCodec:
                 where=name,
                 fix="A client returns an update for the units that it was sent, and no others.",
             )
-        update = section.dequantize() if isinstance(section, QuantizedTensor) else section.tensor
-        if update.numel() and not _is_plausible(update):
+        if not _is_plausible(section):
             raise ProtocolError(
                 "An update holds NaN, infinite or absurdly large values",
                 expected=f"finite numbers up to {LARGEST:g}",
                 where=name,
                 fix="Lower the client's learning rate; nothing of this reply was used.",
             )
-        return update
 
     def _bits(self, shape: torch.Size) -> int | None:
         """The bits at which an update of this shape travels; None for exact."""
         wide = len(shape) >= 2 and shape.numel() >= SMALL
         return self.bits if wide else None
+
+
+class Updates(Mapping[str, Tensor]):
+    """One client's checked updates by tensor name, each decoded when it is asked for.
+
+    They are on released elements only, at their released shapes, free of the unbiased factors of
+    their units: changes of the weights as the server holds them.
+    """
+
+    def __init__(self, sections: Mapping[str, Section], selection: Selection) -> None:
+        self._sections, self._selection = sections, selection
+
+    def __getitem__(self, name: str) -> Tensor:
+        section = self._sections[name]
+        assert isinstance(section, QuantizedTensor | Dense)
+        update = section.dequantize() if isinstance(section, QuantizedTensor) else section.tensor
+        return self._selection.unscale(name, update)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sections)
+
+    def __len__(self) -> int:
+        return len(self._sections)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one update: float32, or float64 of a float64 model."""
+        section = self._sections[name]
+        return section.tensor.dtype if isinstance(section, Dense) else torch.float32
+
+    def add_to(self, name: str, total: Tensor, weight: float) -> None:
+        """Add one update times ``weight`` to a sum over all elements of its tensor.
+
+        Packed updates are added as they are decoded, without a decoded copy, where blocks lie along
+        the units that are cut.
+        """
+        section, cuts = self._sections[name], self._selection.positions(name)
+        scaled = self._selection.is_scaled(name)
+        if isinstance(section, QuantizedTensor) and not scaled and set(cuts) <= {section.axis}:
+            units = cuts.get(section.axis)
+            section.add_to(total, torch.arange(section.units) if units is None else units, weight)
+        else:
+            self._selection.add(name, self[name], total, weight)
 
 
 def _encoding(section: Section) -> str:
@@ -124,8 +170,12 @@ def _check_block(block: int) -> None:
         )
 
 
-def _is_plausible(update: Tensor) -> bool:
-    low, high = torch.aminmax(update)  # one pass, no copy; NaN if any element is
+def _is_plausible(section: QuantizedTensor | Dense) -> bool:
+    if isinstance(section, QuantizedTensor):
+        return section.largest <= LARGEST
+    if not section.tensor.numel():
+        return True
+    low, high = torch.aminmax(section.tensor)  # one pass, no copy; NaN if any element is
     return bool(low >= -LARGEST) and bool(high <= LARGEST)
 
 

@@ -14,6 +14,15 @@ authentication).
 
 from fedveil.wire.limits import Limits
 from fedveil.wire.message import Message
-from fedveil.wire.sections import Dense, Section, Statistics, UnitIndex
+from fedveil.wire.sections import Dense, Gathered, Section, Sections, Statistics, UnitIndex
 
-__all__ = ["Dense", "Limits", "Message", "Section", "Statistics", "UnitIndex"]
+__all__ = [
+    "Dense",
+    "Gathered",
+    "Limits",
+    "Message",
+    "Section",
+    "Sections",
+    "Statistics",
+    "UnitIndex",
+]

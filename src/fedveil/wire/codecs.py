@@ -18,13 +18,32 @@ from fedveil.errors import ConfigurationError, WireError
 from fedveil.quantization import QuantizedTensor, part_layout, spare_bits
 from fedveil.wire.container import MAX_AXES, Entry, check_extents
 from fedveil.wire.limits import Limits
-from fedveil.wire.sections import Dense, Section, Statistics, UnitIndex
+from fedveil.wire.sections import Dense, Gathered, Section, Statistics, UnitIndex
 
-__all__ = ["Codec", "codec_for_section", "codec_for_type"]
+__all__ = ["Codec", "Part", "codec_for_section", "codec_for_type", "encode"]
 
 Info = dict[str, Any]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Part -> container dtype and shape."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor, or some of its rows, on the way into a message.
+
+    Attributes:
+        tensor: contiguous, on the CPU.
+        rows: int64 [k], which rows of it and in which order; None for all of it.
+    """
+
+    tensor: Tensor
+    rows: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what is sent."""
+        shape = tuple(self.tensor.shape)
+        return shape if self.rows is None else (len(self.rows), *shape[1:])
 
 
 class Codec(Protocol):
@@ -40,6 +59,13 @@ class Codec(Protocol):
 
     def encode(self, section: Any) -> tuple[Info, dict[str, Tensor]]:
         """The section's `info` without "type", and its parts."""
+
+    def check_values(self, section: Any) -> None:
+        """Refuse a section that nobody would read.
+
+        Raises:
+            WireError: its values are impossible.
+        """
 
     def parts(self, info: Info) -> tuple[str, ...]:
         """Which parts there must be."""
@@ -71,6 +97,9 @@ class PlainCodec:
         """See `Codec`."""
         return {}, {"t": section.tensor}
 
+    def check_values(self, section: Any) -> None:
+        """See `Codec`: all values are possible."""
+
     def parts(self, info: Info) -> tuple[str, ...]:
         """See `Codec`."""
         return ("t",)
@@ -95,7 +124,6 @@ class QuantizedCodec:
         """See `Codec`."""
         if len(section.shape) > MAX_AXES:
             raise WireError("too many axes", expected=f"up to {MAX_AXES}", found=f"{section.shape}")
-        _check_values(section)
         info = {
             "axis": section.axis,
             "bits": section.bits,
@@ -104,6 +132,17 @@ class QuantizedCodec:
             "shape": list(section.shape),
         }
         return info, {part: getattr(section, self._ATTRIBUTES[part]) for part in self.parts(info)}
+
+    def check_values(self, section: QuantizedTensor) -> None:
+        """Scales are finite and not negative; bits after a unit's last code are zero."""
+        for scales in (section.scales, section.unit_scales):
+            if scales is not None and scales.is_floating_point() and scales.numel():
+                low, high = scales.aminmax()
+                if not (float(low) >= 0 and float(high) < float("inf")):
+                    raise WireError("a scale is negative, NaN or infinite")
+        spare = spare_bits(section.fan_in, section.bits)
+        if spare and bool((section.codes[:, -1] >> (8 - spare)).any()):
+            raise WireError("bits after the last code of a unit are not zero")
 
     def parts(self, info: Info) -> tuple[str, ...]:
         """See `Codec`."""
@@ -133,7 +172,7 @@ class QuantizedCodec:
             tuple(info["shape"]),
             **{self._ATTRIBUTES[part]: tensor for part, tensor in parts.items()},
         )
-        _check_values(section)
+        self.check_values(section)
         return section
 
 
@@ -146,6 +185,9 @@ class UnitIndexCodec:
     def encode(self, section: UnitIndex) -> tuple[Info, dict[str, Tensor]]:
         """See `Codec`."""
         return {"scale": section.scale, "size": section.size}, {"i": section.bitmap()}
+
+    def check_values(self, section: Any) -> None:
+        """See `Codec`: all values are possible."""
 
     def parts(self, info: Info) -> tuple[str, ...]:
         """See `Codec`."""
@@ -172,6 +214,32 @@ _BY_SECTION: Final[Mapping[type, Codec]] = {
     UnitIndex: UnitIndexCodec(),
 }
 _BY_TYPE: Final[Mapping[str, Codec]] = {codec.name: codec for codec in _BY_SECTION.values()}
+
+
+def encode(section: Section | Gathered) -> tuple[Info, dict[str, Part]]:
+    """A section's `info`, and its parts ready to be written.
+
+    Raises:
+        WireError: it holds impossible values. A `Gathered` one is not looked at: what `quantize`
+            made is as it should be, and the receiver looks.
+    """
+    source = section.source if isinstance(section, Gathered) else section
+    codec = codec_for_section(source)
+    if not isinstance(section, Gathered):
+        codec.check_values(source)
+    info, parts = codec.encode(source)
+    info = {"type": codec.name, **info}
+    if not isinstance(section, Gathered):
+        return info, {part: Part(_plain(tensor)) for part, tensor in parts.items()}
+    if isinstance(source, QuantizedTensor):
+        info["shape"][source.axis] = len(section.units)
+    rows = section.units
+    return info, {part: Part(_plain(tensor), rows) for part, tensor in parts.items()}
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Contiguous and on the CPU."""
+    return tensor.detach().cpu().resolve_neg().contiguous()
 
 
 def codec_for_section(section: object) -> Codec:
@@ -211,15 +279,3 @@ def _check_entry(part: str, entry: Entry, dtype: str, shape: tuple[int, ...]) ->
             expected=f"{dtype} {list(shape)}",
             found=f"{entry.dtype} {list(entry.shape)}",
         )
-
-
-def _check_values(section: QuantizedTensor) -> None:
-    """Scales are finite and not negative; bits after a unit's last code are zero."""
-    for scales in (section.scales, section.unit_scales):
-        if scales is not None and scales.is_floating_point() and scales.numel():
-            low, high = scales.aminmax()
-            if not (float(low) >= 0 and float(high) < float("inf")):
-                raise WireError("a scale is negative, NaN or infinite")
-    spare = spare_bits(section.fan_in, section.bits)
-    if spare and bool((section.codes[:, -1] >> (8 - spare)).any()):
-        raise WireError("bits after the last code of a unit are not zero")

@@ -1,60 +1,74 @@
-"""The safetensors container: what its header claims, checked against the bytes that are there.
+"""The safetensors container: where everything lies in a file, and what a file's header claims.
 
-`safetensors` itself reads and writes the file. This module reads the header a second time, before,
-because the caps must hold before anything is allocated.
+The format is that of the `safetensors` library, byte for byte. This module lays a file out itself,
+so that a message is gathered straight into its final buffer, and reads the header itself, because
+the caps must hold before anything is allocated and tensors need not be copied out of the bytes.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import pairwise
 from math import prod
 from typing import Any, Final
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from numpy.typing import NDArray
 from torch import Tensor
+from xxhash import xxh3_128
 
 from fedveil.errors import WireError
-from fedveil.wire.canonical import read_json, write_json
+from fedveil.wire.canonical import read_json
 from fedveil.wire.limits import Limits
 
 __all__ = [
     "DTYPES",
     "MAX_AXES",
     "METADATA_KEY",
+    "NO_DIGEST",
     "Container",
     "Entry",
+    "Plan",
     "check_extents",
-    "contiguous_parts",
-    "digest",
     "open_container",
-    "write_container",
+    "place_of_digest",
+    "plan_container",
+    "seal",
 ]
 
 METADATA_KEY: Final = "fedveil"
 """The only key of the container's metadata: several would come in a random order."""
 
 DTYPES: Final = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
     "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Container dtype names that are spoken."""
+"""Container dtype names that are spoken, in the order of their tensors in a file."""
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+_ORDER: Final = {dtype: number for number, dtype in enumerate(DTYPES.values())}
 _LENGTH_BYTES: Final = 8
+_ALIGNED: Final = 8
+_LARGEST_HEADER: Final = 100_000_000
+"""Bytes; what the safetensors library reads at most."""
+
 MAX_AXES: Final = 8
 """Most axes that a tensor on the wire has."""
 
-_HASH_BYTES: Final = 16
+_HEX_DIGITS: Final = 32
+NO_DIGEST: Final = "0" * _HEX_DIGITS
+"""What stands in a message in place of its digest while that is computed."""
+
+_BEFORE_DIGEST: Final = rb"\"digest\":\""
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,21 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A file before there is any of it.
+
+    Attributes:
+        header: the bytes before the data, with their length.
+        ranges: tensor -> where it begins and ends in the file, in the order of the file.
+        nbytes: bytes of the whole file.
+    """
+
+    header: bytes
+    ranges: dict[str, tuple[int, int]]
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Container:
     """A file whose header agrees with its length; no tensor has been made yet."""
 
@@ -76,75 +105,103 @@ class Container:
     raw: memoryview
     data: memoryview
 
-    def payload(self, name: str) -> memoryview:
-        """The bytes of one tensor, not copied."""
-        entry = self.entries[name]
-        return self.data[entry.begin : entry.end]
-
-    def digest(self, header: str) -> str:
-        """Checksum over `header` and every tensor present."""
-        parts = {n: (e.dtype, e.shape, self.payload(n)) for n, e in self.entries.items()}
-        return digest(header, parts)
+    def digest(self) -> str:
+        """The checksum that the file should carry."""
+        return _digest(self.raw, place_of_digest(self.raw))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, in memory of their own.
+        """All tensors: views of the bytes if these can be written to, else of a copy of them.
 
         Raises:
-            WireError: safetensors finds fault with the file, or a bool is neither 0 nor 1.
+            WireError: a bool is neither 0 nor 1.
         """
-        try:
-            tensors = load(_as_bytes_object(self.raw))
-        except (SafetensorError, ValueError) as error:
-            raise WireError("not a safetensors file", found=f"{error}"[:200]) from None
-        for name, tensor in tensors.items():
-            if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
-                raise WireError("a bool is neither 0 nor 1", where=name)
-        return tensors
+        memory = np.frombuffer(self.data, np.uint8)
+        memory = memory if memory.flags.writeable else memory.copy()
+        address = memory.ctypes.data
+        return {name: _view(name, memory, address, e) for name, e in self.entries.items()}
 
 
-def digest(header: str, parts: dict[str, tuple[str, tuple[int, ...], memoryview]]) -> str:
-    """BLAKE2b-128 as hex over header and tensors; each piece follows its length as 8 bytes.
-
-    Not keyed: whoever alters a message on purpose computes a new one.
+def plan_container(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: str
+) -> Plan:
+    """Lay out a safetensors file as that library does: by dtype, then by name.
 
     Args:
-        header: the canonical JSON without its digest.
-        parts: tensor name -> container dtype, shape, bytes.
+        tensors: name -> dtype and shape.
+        metadata: ASCII.
+
+    Raises:
+        WireError: the header would be longer than the library reads.
     """
-    state = blake2b(digest_size=_HASH_BYTES)
-    pieces: list[bytes | memoryview] = [header.encode("ascii")]
-    for name in sorted(parts):
-        dtype, shape, payload = parts[name]
-        pieces += [write_json([name, dtype, list(shape)]).encode("ascii"), payload]
-    for piece in pieces:
-        state.update(len(piece).to_bytes(_LENGTH_BYTES, "little"))
-        state.update(piece)
+    described, ranges, at = [], {}, 0
+    for name in sorted(tensors, key=lambda name: (_ORDER[tensors[name][0]], name)):
+        dtype, shape = tensors[name]
+        end = at + prod(shape) * dtype.itemsize
+        extents = ",".join(map(str, shape))
+        described.append(
+            f'"{name}":{{"dtype":"{_NAMES[dtype]}","shape":[{extents}],"data_offsets":[{at},{end}]}}'
+        )
+        ranges[name] = at, end
+        at = end
+    first = f'"__metadata__":{{"{METADATA_KEY}":{json.dumps(metadata)}}}'
+    text = "{" + ",".join([first, *described]) + "}"
+    length = -(-len(text) // _ALIGNED) * _ALIGNED
+    if length > _LARGEST_HEADER:
+        raise WireError(
+            "the message cannot be written: its header is too long",
+            expected=f"up to {_LARGEST_HEADER} bytes",
+            found=f"{length}",
+        )
+    header = length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length).encode("ascii")
+    start = len(header)
+    moved = {name: (start + begin, start + end) for name, (begin, end) in ranges.items()}
+    return Plan(header, moved, start + at)
+
+
+def place_of_digest(raw: bytes | bytearray | memoryview) -> int:
+    """Where the digits of a message's digest begin.
+
+    Raises:
+        WireError: there is no digest where the message header has its own.
+    """
+    length = int.from_bytes(raw[:_LENGTH_BYTES], "little")
+    found = bytes(raw[: _LENGTH_BYTES + length]).find(_BEFORE_DIGEST)
+    if found < 0:
+        raise WireError("the message carries no digest")
+    return found + len(_BEFORE_DIGEST)
+
+
+def seal(message: bytearray) -> None:
+    """Write the right digest into a message, whatever stood there: for tests and tools.
+
+    Raises:
+        WireError: there is no place for one.
+    """
+    place = place_of_digest(message)
+    message[place : place + _HEX_DIGITS] = _digest(memoryview(message), place).encode("ascii")
+
+
+def _digest(raw: memoryview, place: int) -> str:
+    """XXH3-128 as hex of all bytes, with zeros for the digits at `place`.
+
+    Not keyed: whoever alters a message on purpose computes a new one.
+    """
+    state = xxh3_128(raw[:place])
+    state.update(NO_DIGEST.encode("ascii"))
+    state.update(raw[place + _HEX_DIGITS :])
     return state.hexdigest()
 
 
-def contiguous_parts(
-    tensors: dict[str, Tensor],
-) -> dict[str, tuple[str, tuple[int, ...], memoryview]]:
-    """Contiguous CPU tensors as `digest` wants them, without copying."""
-    parts = {}
-    for name, tensor in tensors.items():
-        # Contiguous tensors of no or one number may have any stride; bytes are only seen through 1.
-        flat = tensor.as_strided((tensor.numel(),), (1,))
-        payload = flat.view(torch.uint8).numpy().data
-        parts[name] = (_NAMES[tensor.dtype], tuple(tensor.shape), payload)
-    return parts
-
-
-def write_container(tensors: dict[str, Tensor], metadata: str) -> bytes:
-    """A safetensors file of contiguous CPU tensors and one metadata string.
-
-    Raises:
-        WireError: safetensors cannot write it (a header past its own cap of 100 MB).
-    """
-    try:
-        return save({name: tensors[name] for name in sorted(tensors)}, {METADATA_KEY: metadata})
-    except SafetensorError as error:
-        raise WireError("the message cannot be written", found=f"{error}"[:200]) from None
+def _view(name: str, memory: NDArray[np.uint8], address: int, entry: Entry) -> Tensor:
+    dtype = DTYPES[entry.dtype]
+    octets = memory[entry.begin : entry.end]
+    # Other writers may order tensors so that some lie across the processor's words.
+    if (address + entry.begin) % dtype.itemsize:
+        octets = octets.copy()
+    tensor = torch.from_numpy(octets).view(dtype).view(entry.shape)
+    if dtype == torch.bool and bool((octets > 1).any()):
+        raise WireError("a bool is neither 0 nor 1", where=name)
+    return tensor
 
 
 def open_container(data: bytes | bytearray | memoryview, limits: Limits) -> Container:
@@ -183,12 +240,6 @@ def _as_bytes(data: bytes | bytearray | memoryview, limits: Limits) -> memoryvie
         )
     plain = raw.ndim == 1 and raw.format == "B" and raw.c_contiguous
     return raw if plain else memoryview(raw.tobytes())
-
-
-def _as_bytes_object(raw: memoryview) -> bytes:
-    """The `bytes` that were handed in, or a copy if it was something else."""
-    source = raw.obj
-    return source if isinstance(source, bytes) and len(source) == len(raw) else bytes(raw)
 
 
 def _split(raw: memoryview, limits: Limits) -> tuple[str, memoryview]:

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+from xxhash import xxh3_128
 
 from fedveil.errors import WireError
+from fedveil.quantization.blockwise import gather_pieces
 from fedveil.wire.canonical import read_json, write_json
-from fedveil.wire.codecs import Codec, codec_for_section, codec_for_type
+from fedveil.wire.codecs import Codec, Part, codec_for_section, codec_for_type, encode
 from fedveil.wire.container import (
+    NO_DIGEST,
     Container,
-    contiguous_parts,
-    digest,
+    Plan,
     open_container,
-    write_container,
+    place_of_digest,
+    plan_container,
 )
 from fedveil.wire.limits import Limits
-from fedveil.wire.sections import Section
+from fedveil.wire.sections import Gathered, Section, Sections
 
 __all__ = ["FORMAT_VERSION", "Message"]
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """The version that is written; also the only one that is read."""
 
 _LIMITS: Final = Limits()
@@ -54,7 +60,7 @@ class Message:
         round: number of the round, from 0 up.
         client: to whom, or from whom. A claim: nothing here proves it.
         sections: name -> section; names are 1 to 256 printable ASCII characters without space,
-            quotation mark and backslash.
+            quotation mark and backslash. `Sections` may hold some that are not gathered yet.
         scalars: name -> whole number of 64 bits, finite float, text, or bool.
 
     What it does NOT protect: nothing is encrypted or signed.
@@ -77,31 +83,68 @@ class Message:
             raise WireError("a round is a whole number from 0 up", where="round")
         for name in (*self.sections, *self.scalars):
             _check_name(name)
-        for name, section in self.sections.items():
+        sections = Sections(self.sections)
+        for name, section in sections.as_built.items():
             with _within(name):
-                codec_for_section(section)
+                codec_for_section(section.source if isinstance(section, Gathered) else section)
         for name, value in self.scalars.items():
             _check_scalar(name, value)
-        object.__setattr__(self, "sections", dict(self.sections))
+        object.__setattr__(self, "sections", sections)
         object.__setattr__(self, "scalars", dict(self.scalars))
 
-    def to_bytes(self) -> bytes:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole message."""
+        return self._outline.plan.nbytes
+
+    def to_bytes(self) -> bytearray:
         """The message's bytes; equal messages have equal bytes, in whatever order they were built.
 
         Raises:
             WireError: a quantized section holds impossible values (a scale that is not finite).
         """
+        data = bytearray(self.nbytes)
+        self.write_into(data)
+        return data
+
+    def write_into(self, buffer: bytearray | memoryview | NDArray[np.uint8]) -> memoryview:
+        """Write the message's bytes to memory that is there already: each is moved once.
+
+        Args:
+            buffer: at least `nbytes` contiguous bytes that may be written to.
+
+        Returns:
+            The part of the buffer that is the message.
+
+        Raises:
+            WireError: as `to_bytes`, or the buffer does not fit; it may be partly written.
+        """
+        outline = self._outline
+        memory = _writable(buffer, outline.plan.nbytes)
+        header = outline.plan.header
+        memory[: len(header)] = np.frombuffer(header, np.uint8)
+        checksum = xxh3_128(header)
+        at = len(header)
+        for pieces in _batches(outline.pieces):
+            end = at + gather_pieces(pieces, memory[at:])
+            checksum.update(memory[at:end].data)
+            at = end
+        place = place_of_digest(header)
+        digits = checksum.hexdigest().encode("ascii")
+        memory[place : place + len(digits)] = np.frombuffer(digits, np.uint8)
+        return memory.data.cast("B")
+
+    @cached_property
+    def _outline(self) -> _Outline:
         infos: dict[str, Any] = {}
-        tensors: dict[str, Tensor] = {}
-        for name, section in self.sections.items():
+        parts: dict[str, Part] = {}
+        for name, section in Sections(self.sections).as_built.items():
             with _within(name):
-                codec = codec_for_section(section)
-                info, parts = codec.encode(section)
-            infos[name] = {"type": codec.name, **info}
-            tensors |= {f"{part}:{name}": tensor for part, tensor in parts.items()}
-        ready = _ready_to_write(tensors)
+                infos[name], own = encode(section)
+            parts |= {f"{part}:{name}": tensor for part, tensor in own.items()}
         header = {
             "client": self.client,
+            "digest": NO_DIGEST,
             "kind": self.kind,
             "round": self.round,
             "scalars": self.scalars,
@@ -109,8 +152,9 @@ class Message:
             "sections": infos,
             "version": FORMAT_VERSION,
         }
-        checksum = digest(write_json(header), contiguous_parts(ready))
-        return write_container(ready, write_json({**header, "digest": checksum}))
+        described = {name: (part.tensor.dtype, part.shape) for name, part in parts.items()}
+        plan = plan_container(described, write_json(header))
+        return _Outline(plan, [parts[name] for name in plan.ranges])
 
     @classmethod
     def from_bytes(
@@ -119,7 +163,9 @@ class Message:
         """Read a message that anyone may have written.
 
         Args:
-            data: the bytes; not kept and not modified, the message's tensors have their own memory.
+            data: the bytes. The message's tensors are views of it where it can be written to (a
+                bytearray): leave it alone as long as they are used. Of anything else (bytes) there
+                is one copy.
             limits: how much to accept.
 
         Raises:
@@ -130,8 +176,7 @@ class Message:
         container = open_container(data, limits)
         header = _read_header(container.metadata)
         plan = _plan(header["sections"], container, limits)
-        body = write_json({key: value for key, value in header.items() if key != "digest"})
-        if container.digest(body) != header["digest"]:
+        if container.digest() != header["digest"]:
             raise WireError("message was altered on the way", expected="the digest it carries")
         tensors = container.tensors()
         sections = {}
@@ -198,16 +243,43 @@ def _plan(
     return plan
 
 
-def _ready_to_write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, on the CPU, and none sharing memory with another."""
-    ready: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().resolve_neg().contiguous()
-        storage = plain.untyped_storage().data_ptr()
-        ready[name] = plain.clone() if storage in seen else plain
-        seen.add(storage)
-    return ready
+@dataclass(frozen=True)
+class _Outline:
+    """Where everything in a message will lie, and what will lie there, in this order."""
+
+    plan: Plan
+    pieces: list[Part]
+
+
+_BATCH_BYTES: Final = 2**20
+"""Bytes that are gathered before their checksum is taken: they are in a near cache then."""
+
+
+def _batches(parts: Sequence[Part]) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+    batch: list[tuple[Tensor, Tensor | None]] = []
+    gathered = 0
+    for part in parts:
+        batch.append((part.tensor, part.rows))
+        gathered += math.prod(part.shape) * part.tensor.itemsize
+        if gathered >= _BATCH_BYTES:
+            yield batch
+            batch, gathered = [], 0
+    if batch:
+        yield batch
+
+
+def _writable(buffer: bytearray | memoryview | NDArray[np.uint8], needed: int) -> NDArray[np.uint8]:
+    try:
+        memory = np.frombuffer(buffer, np.uint8, count=needed)
+    except (ValueError, TypeError) as error:
+        raise WireError(
+            "the buffer cannot take the message",
+            expected=f"{needed} contiguous bytes",
+            found=f"{error}"[:200],
+        ) from None
+    if not memory.flags.writeable:
+        raise WireError("the buffer cannot be written to", found=type(buffer).__name__)
+    return memory
 
 
 @contextmanager

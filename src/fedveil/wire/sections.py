@@ -1,9 +1,11 @@
-"""What a message can carry: four types of sections."""
+"""What a message can carry: four types of sections, and sections gathered only when written."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from fedveil.errors import WireError
 from fedveil.quantization import QuantizedTensor
 from fedveil.wire.container import DTYPES, MAX_AXES
 
-__all__ = ["Dense", "Section", "Statistics", "UnitIndex"]
+__all__ = ["Dense", "Gathered", "Section", "Sections", "Statistics", "UnitIndex"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +103,56 @@ class UnitIndex:
 
 
 Section = Dense | QuantizedTensor | UnitIndex | Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """Some units of a section: gathered straight into a message's bytes, not before.
+
+    Attributes:
+        source: the whole. It must stay as it is as long as this is used.
+        units: int64 [k], numbers of units along the source's axis (axis 0 of a `Dense`), each in
+            range (checked when they are gathered).
+
+    What it does NOT protect: this object holds the whole; only the message's bytes are cut.
+    """
+
+    source: QuantizedTensor | Dense
+    units: Tensor
+
+    def __post_init__(self) -> None:
+        if self.units.dtype != torch.int64 or self.units.dim() != 1:
+            raise WireError("units are chosen by an int64 vector", where="units")
+        if isinstance(self.source, Dense) and not self.source.tensor.dim():
+            raise WireError("a tensor without axes has no units to gather", where="source")
+
+    def section(self) -> QuantizedTensor | Dense:
+        """The section of these units alone, in memory of its own."""
+        if isinstance(self.source, QuantizedTensor):
+            return self.source.select(self.units)
+        return Dense(self.source.tensor.index_select(0, self.units))
+
+
+class Sections(Mapping[str, Section]):
+    """A message's sections by name; those that are `Gathered` are gathered when asked for."""
+
+    def __init__(self, sections: Mapping[str, Section | Gathered]) -> None:
+        self.as_built: dict[str, Section | Gathered] = (
+            sections.as_built if isinstance(sections, Sections) else dict(sections)
+        )
+
+    def __getitem__(self, name: str) -> Section:
+        section = self.as_built[name]
+        return section.section() if isinstance(section, Gathered) else section
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.as_built)
+
+    def __len__(self) -> int:
+        return len(self.as_built)
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self.as_built
 
 
 def _check_tensor(tensor: Tensor, where: str) -> None:
