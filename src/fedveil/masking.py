@@ -101,6 +101,14 @@ class Masks:
         """What one client gets in round ``number``: units outside both masks, per group."""
         return {group.name: self._release(group, client, number) for group in self.groups}
 
+    def mask_of(self, client: str, number: int) -> tuple[str | int, ...]:
+        """What a client's mask in round ``number`` is drawn for: the same for equal masks."""
+        if self.masking.policy == "fresh":
+            return ("client mask", client, number)
+        if self.masking.policy == "sticky":
+            return ("client mask", client)
+        return ("group mask", self.group_of(client))
+
     def group_of(self, client: str) -> int:
         """The mask group (0-based) of a client under the ``grouped`` policy.
 
@@ -128,16 +136,9 @@ class Masks:
         kept = self._server[group.name]
         # One word per unit of the whole group: a unit's fate under the client mask does not depend
         # on how the server mask numbers the rest.
-        words = self._secret.words(group.size, *self._purpose(client, number), group.name)
+        words = self._secret.words(group.size, *self.mask_of(client, number), group.name)
         units = self._keep(kept, words[kept.numpy()], self.masking.client)
         return Release(units, self._scale(group, units))
-
-    def _purpose(self, client: str, number: int) -> tuple[str | int, ...]:
-        if self.masking.policy == "fresh":
-            return ("client mask", client, number)
-        if self.masking.policy == "sticky":
-            return ("client mask", client)
-        return ("group mask", self.group_of(client))
 
     def _keep(self, units: Tensor, words: np.ndarray, rate: float) -> Tensor:
         """The units that a mask of this rate leaves, decided by one random word per unit."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from math import prod
 from types import ModuleType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -26,11 +26,11 @@ from fedveil.quantization.reference import SMALLEST_SCALE, scale_values
 
 __all__ = [
     "SMALLEST_SCALE",
+    "Pieces",
     "add_rows",
     "as_matrix",
     "decode_rows",
     "encode_rows",
-    "gather_pieces",
     "gather_rows",
     "in_place",
     "kernels",
@@ -162,41 +162,48 @@ def gather_rows(source: Tensor, units: Tensor, out: Tensor) -> None:
         torch.index_select(source, 0, units, out=out)
 
 
-def gather_pieces(pieces: Sequence[tuple[Tensor, Tensor | None]], out: NDArray[np.uint8]) -> int:
-    """Copy tensors, or rows of them, one after the other into memory, without a gap.
+class Pieces:
+    """Tensors, or rows of them, that are copied one after the other into memory, without a gap.
+
+    Where they lie is looked up once; they must stay there as long as this is used.
 
     Args:
         pieces: contiguous tensors on the CPU, each with the rows that are wanted, int64 [k], or
             None for all.
-        out: contiguous, long enough.
 
-    Returns:
-        Bytes written.
+    Attributes:
+        nbytes: bytes of all pieces.
 
     Raises:
-        ConfigurationError: there is no such row; some of `out` may be written.
+        ConfigurationError: there is no such row.
     """
-    at = 0
-    gathered: list[tuple[Tensor, Tensor, int]] = []
-    for tensor, rows in pieces:
-        if rows is None:
-            end = at + tensor.nbytes
-            out[at:end] = _octets(tensor)
+
+    def __init__(self, pieces: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        self._whole: list[tuple[int, NDArray[np.uint8]]] = []
+        self._gathered: list[tuple[Tensor, Tensor, int]] = []
+        self._prepared: Any = None
+        self.nbytes = 0
+        for tensor, rows in pieces:
+            if rows is None:
+                self._whole.append((self.nbytes, _octets(tensor)))
+                self.nbytes += tensor.nbytes
+            else:
+                check_rows(rows, len(tensor))
+                self._gathered.append((tensor, rows, self.nbytes))
+                self.nbytes += len(rows) * (tensor.nbytes // len(tensor) if len(tensor) else 0)
+
+    def write_to(self, out: NDArray[np.uint8]) -> None:
+        """Copy everything to the beginning of `out`, contiguous and at least `nbytes` long."""
+        for begin, octets in self._whole:
+            out[begin : begin + len(octets)] = octets
+        compiled = _compiled(self._gathered[0][0]) if self._gathered else None
+        if compiled is not None:
+            self._prepared = self._prepared or compiled.prepare(self._gathered)
+            compiled.gather_pieces(self._prepared, out)
         else:
-            end = at + len(rows) * (tensor[0].nbytes if len(tensor) else 0)
-            gathered.append((tensor, rows, at))
-        at = end
-    compiled = _compiled(gathered[0][0]) if gathered else None
-    if compiled is not None:
-        bad = compiled.gather_pieces(gathered, out)
-        if bad >= 0:
-            check_rows(gathered[bad][1], len(gathered[bad][0]))
-    else:
-        for tensor, rows, begin in gathered:
-            check_rows(rows, len(tensor))
-            part = _octets(tensor.index_select(0, rows))
-            out[begin : begin + len(part)] = part
-    return at
+            for tensor, rows, begin in self._gathered:
+                part = _octets(tensor.index_select(0, rows))
+                out[begin : begin + len(part)] = part
 
 
 def check_rows(rows: Tensor, count: int) -> None:

@@ -21,7 +21,7 @@ from fedveil.quantization.codebook import NormalFloat
 from fedveil.quantization.loops import CELLS_PER_ONE, DECODERS, ENCODERS, FIRST_CELL, gather
 from fedveil.quantization.vectors import LANES
 
-__all__ = ["decode", "encode", "gather_pieces", "gather_rows", "suits"]
+__all__ = ["decode", "encode", "gather_pieces", "gather_rows", "prepare", "suits"]
 
 Array = NDArray[Any]
 
@@ -80,14 +80,13 @@ def gather_rows(source: Tensor, units: Tensor, out: Tensor) -> None:
     _in_threads(call, len(units), out.numel())
 
 
-def gather_pieces(pieces: Sequence[tuple[Tensor, Tensor, int]], out: NDArray[np.uint8]) -> int:
-    """Copy rows of contiguous tensors; the first piece that names a row that is not there, or -1.
+def prepare(pieces: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Array, Array]:
+    """What the kernel needs to know to copy rows of contiguous tensors.
 
     Args:
-        pieces: a tensor, which of its rows, and where in `out` they go.
-        out: contiguous.
+        pieces: a tensor, which of its rows (all of which are there), and where they go.
     """
-    table = np.empty((len(pieces), 6), np.int64)
+    table = np.empty((len(pieces), 5), np.int64)
     lists: dict[int, tuple[int, int]] = {}
     units, count = [], 0
     for number, (tensor, rows, at) in enumerate(pieces):
@@ -95,11 +94,14 @@ def gather_pieces(pieces: Sequence[tuple[Tensor, Tensor, int]], out: NDArray[np.
             lists[id(rows)] = count, count + len(rows)
             units.append(rows.numpy())
             count += len(rows)
-        height = len(tensor)
-        width = tensor.nbytes // height if height else 0
-        table[number] = tensor.data_ptr(), height, width, *lists[id(rows)], at
-    bad: int = loops.gather_pieces(table, np.concatenate(units), out)
-    return bad
+        width = tensor.nbytes // len(tensor) if len(tensor) else 0
+        table[number] = tensor.data_ptr(), width, *lists[id(rows)], at
+    return table, np.concatenate(units)
+
+
+def gather_pieces(prepared: tuple[Array, Array], out: Array) -> None:
+    """Copy what was prepared; `out` is contiguous and long enough."""
+    loops.gather_pieces(*prepared, out)
 
 
 def _in_threads(call: Callable[[int, int], Any], units: int, values: int) -> list[Any]:

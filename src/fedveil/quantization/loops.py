@@ -553,23 +553,19 @@ def _gather(source: Array, width: int, units: Array, target: Array, first: int, 
     _copy_rows(source, width, units, first, last, target, first * width)
 
 
-def _gather_pieces(table: Array, units: Array, target: Array) -> int:
-    """Copy rows of several tensors; the number of the first piece that names a missing row, or -1.
+def _gather_pieces(table: Array, units: Array, target: Array) -> None:
+    """Copy rows of several tensors.
 
-    A line of the table is (address, rows, width, first, last, at): where the tensor lies, how many
-    rows of how many bytes it has, which of `units` to copy, and to where in `target`.
+    A line of the table is (address, width, first, last, at): where the tensor lies, how many bytes
+    a row has, which of `units` to copy, and to where in `target`.
     """
     for piece in range(len(table)):
-        address, rows, width, first, last, at = table[piece]
-        for number in range(first, last):
-            if units[number] < 0 or units[number] >= rows:
-                return piece
-        source = carray(vectors.memory_at(address), (rows * width,), np.uint8)
+        address, width, first, last, at = table[piece]
+        source = carray(vectors.memory_at(address), (1,), np.uint8)  # of any length: unchecked
         _copy_rows(source, width, units, first, last, target, at)
-    return -1
 
 
 ENCODERS: Final = {bits: _encoder(bits) for bits in BITS}
 DECODERS: Final = {bits: _decoder(bits) for bits in BITS}
 gather: Final = Kernel(_gather, types.void(_U8, _I64, _I64[::1], _U8, _I64, _I64))
-gather_pieces: Final = Kernel(_gather_pieces, _I64(_I64[:, ::1], _I64[::1], _U8))
+gather_pieces: Final = Kernel(_gather_pieces, types.void(_I64[:, ::1], _I64[::1], _U8))

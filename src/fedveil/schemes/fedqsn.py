@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
@@ -140,8 +139,9 @@ class FedQSNServer:
         self._groups = find_units(model, scheme.units)
         validate(self._groups, model.state_dict())
         self._masks = Masks(self._groups, scheme.masking, secret)
-        self._ledger = RoundLedger[_Sent](scheme.name)
+        self._ledger = RoundLedger[_Proxy](scheme.name)
         self._sources: dict[str, QuantizedTensor | Dense] = {}
+        self._proxies: dict[tuple[str | int, ...], _Proxy] = {}
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         self._new_sums = aggregation_of(scheme.aggregation).sums(
             model, shapes, scheme.average, shared_masks=scheme.masking.is_shared
@@ -151,23 +151,19 @@ class FedQSNServer:
     def begin_round(self, number: int) -> None:
         """Quantize the global model once for all clients of the round."""
         self._ledger.begin(number)
+        self._proxies = {}
         self._sums = self._new_sums()
         self._sources = {name: self._source(name, t) for name, t in self._global.tensors.items()}
 
     def release(self, client: str) -> Message:
         """This client's proxy, to be gathered from what is packed when the message is written."""
-        sent = self._ledger.get(client) or self._draw(client)
-        self._ledger.record(client, sent)
-        sections: dict[str, Section | Gathered] = {
-            UNIT_PREFIX + group.name: UnitIndex(
-                group.size, sent.released[group.name].units, sent.released[group.name].scale
-            )
-            for group in self._groups
-        }
-        for name, source in self._sources.items():
-            sections[name] = self._section(name, source, sent.selection)
+        mask = self._masks.mask_of(client, self._ledger.round)
+        if mask not in self._proxies:
+            self._proxies[mask] = self._proxy(client)
+        proxy = self._proxies[mask]
+        self._ledger.record(client, proxy)
         scheme, number = self._scheme.name, self._ledger.round
-        return Message("proxy", scheme, number, client, Sections(sections), {})
+        return Message("proxy", scheme, number, client, proxy.sections, {})
 
     def absorb(self, client: str, reply: Message, weight: float) -> None:
         """Add one update to the sums, on the units that this client held."""
@@ -182,7 +178,7 @@ class FedQSNServer:
         """Add the mean update to the full-precision weights."""
         self._ledger.end()
         norm = self._global.apply(self._sums) if self._sums.clients else 0.0
-        self._sources = {}
+        self._sources, self._proxies = {}, {}
         return {"clients": self._sums.clients, "update_norm": norm}
 
     def final(self) -> StateDict:
@@ -224,9 +220,16 @@ class FedQSNServer:
         assert self._scheme.bits is not None
         return self._scheme.bits
 
-    def _draw(self, client: str) -> _Sent:
+    def _proxy(self, client: str) -> _Proxy:
         released = self._masks.release(client, self._ledger.round)
-        return _Sent(released, Selection(self._groups, released, self._global.shapes))
+        selection = Selection(self._groups, released, self._global.shapes)
+        sections: dict[str, Section | Gathered] = {
+            UNIT_PREFIX + name: UnitIndex(size, released[name].units, released[name].scale)
+            for name, size in ((group.name, group.size) for group in self._groups)
+        }
+        for name, source in self._sources.items():
+            sections[name] = self._section(name, source, selection)
+        return _Proxy(selection, Sections(sections))
 
     def _source(self, name: str, tensor: Tensor) -> QuantizedTensor | Dense:
         """What all clients of the round get their part of: packed, or a copy.
@@ -271,11 +274,11 @@ class FedQSNServer:
 
 
 @dataclass(frozen=True)
-class _Sent:
-    """What one client was released in the open round."""
+class _Proxy:
+    """What all clients with one mask are released in the open round."""
 
-    released: Mapping[str, Release]
     selection: Selection
+    sections: Sections
 
 
 def _check_word(setting: str, word: str, known: tuple[str, ...]) -> None:

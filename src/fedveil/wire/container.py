@@ -8,7 +8,7 @@ the caps must hold before anything is allocated and tensors need not be copied o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -33,6 +33,7 @@ __all__ = [
     "Entry",
     "Plan",
     "check_extents",
+    "digest",
     "open_container",
     "place_of_digest",
     "plan_container",
@@ -83,17 +84,42 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """A file before there is any of it.
+    """The tensors of a file before there is any of it.
 
     Attributes:
-        header: the bytes before the data, with their length.
-        ranges: tensor -> where it begins and ends in the file, in the order of the file.
-        nbytes: bytes of the whole file.
+        described: the header's text about them.
+        names: in the order of the file.
+        ranges: where each begins and ends, counted from the end of the header.
     """
 
-    header: bytes
-    ranges: dict[str, tuple[int, int]]
-    nbytes: int
+    described: str
+    names: tuple[str, ...]
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.ranges[-1][1] if self.ranges else 0
+
+    def header(self, metadata: str) -> bytes:
+        """The bytes before the tensors, with their own length.
+
+        Args:
+            metadata: ASCII.
+
+        Raises:
+            WireError: the header would be longer than the safetensors library reads.
+        """
+        first = f'"__metadata__":{{"{METADATA_KEY}":{json.dumps(metadata)}}}'
+        text = f"{{{first}{self.described}}}"
+        length = -(-len(text) // _ALIGNED) * _ALIGNED
+        if length > _LARGEST_HEADER:
+            raise WireError(
+                "the message cannot be written: its header is too long",
+                expected=f"up to {_LARGEST_HEADER} bytes",
+                found=f"{length}",
+            )
+        return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length).encode("ascii")
 
 
 @dataclass(frozen=True)
@@ -107,7 +133,9 @@ class Container:
 
     def digest(self) -> str:
         """The checksum that the file should carry."""
-        return _digest(self.raw, place_of_digest(self.raw))
+        header = bytes(self.raw[: len(self.raw) - len(self.data)])
+        ranges = sorted((entry.begin, entry.end) for entry in self.entries.values())
+        return digest(header, [xxh3_128(self.data[i:j]).digest() for i, j in ranges])
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors: views of the bytes if these can be written to, else of a copy of them.
@@ -121,75 +149,79 @@ class Container:
         return {name: _view(name, memory, address, e) for name, e in self.entries.items()}
 
 
-def plan_container(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: str
-) -> Plan:
+def plan_container(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Plan:
     """Lay out a safetensors file as that library does: by dtype, then by name.
 
     Args:
         tensors: name -> dtype and shape.
-        metadata: ASCII.
-
-    Raises:
-        WireError: the header would be longer than the library reads.
     """
-    described, ranges, at = [], {}, 0
-    for name in sorted(tensors, key=lambda name: (_ORDER[tensors[name][0]], name)):
+    names = sorted(tensors, key=lambda name: (_ORDER[tensors[name][0]], name))
+    described, ranges, at = [], [], 0
+    for name in names:
         dtype, shape = tensors[name]
         end = at + prod(shape) * dtype.itemsize
         extents = ",".join(map(str, shape))
         described.append(
-            f'"{name}":{{"dtype":"{_NAMES[dtype]}","shape":[{extents}],"data_offsets":[{at},{end}]}}'
+            f',"{name}":{{"dtype":"{_NAMES[dtype]}","shape":[{extents}],"data_offsets":[{at},{end}]}}'
         )
-        ranges[name] = at, end
+        ranges.append((at, end))
         at = end
-    first = f'"__metadata__":{{"{METADATA_KEY}":{json.dumps(metadata)}}}'
-    text = "{" + ",".join([first, *described]) + "}"
-    length = -(-len(text) // _ALIGNED) * _ALIGNED
-    if length > _LARGEST_HEADER:
-        raise WireError(
-            "the message cannot be written: its header is too long",
-            expected=f"up to {_LARGEST_HEADER} bytes",
-            found=f"{length}",
-        )
-    header = length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length).encode("ascii")
-    start = len(header)
-    moved = {name: (start + begin, start + end) for name, (begin, end) in ranges.items()}
-    return Plan(header, moved, start + at)
+    return Plan("".join(described), tuple(names), tuple(ranges))
 
 
-def place_of_digest(raw: bytes | bytearray | memoryview) -> int:
-    """Where the digits of a message's digest begin.
+def place_of_digest(header: bytes) -> int:
+    """Where the digits of the digest begin in the bytes before the tensors.
 
     Raises:
         WireError: there is no digest where the message header has its own.
     """
-    length = int.from_bytes(raw[:_LENGTH_BYTES], "little")
-    found = bytes(raw[: _LENGTH_BYTES + length]).find(_BEFORE_DIGEST)
+    found = header.find(_BEFORE_DIGEST)
     if found < 0:
         raise WireError("the message carries no digest")
     return found + len(_BEFORE_DIGEST)
+
+
+def digest(header: bytes, tensors: Iterable[bytes]) -> str:
+    """XXH3-128 as hex: of the bytes before the tensors, zeros in place of the digest, and of
+    each tensor's own XXH3-128.
+
+    Not keyed: whoever alters a message on purpose computes a new one.
+
+    Args:
+        header: with its length.
+        tensors: the 16 bytes of each tensor's, in the order of the file.
+
+    Raises:
+        WireError: the header has no place for it.
+    """
+    place = place_of_digest(header)
+    state = xxh3_128(header[:place])
+    state.update(NO_DIGEST.encode("ascii"))
+    state.update(header[place + _HEX_DIGITS :])
+    for own in tensors:
+        state.update(own)
+    return state.hexdigest()
 
 
 def seal(message: bytearray) -> None:
     """Write the right digest into a message, whatever stood there: for tests and tools.
 
     Raises:
-        WireError: there is no place for one.
+        WireError: the message has no place for one, or no header that could be read.
     """
-    place = place_of_digest(message)
-    message[place : place + _HEX_DIGITS] = _digest(memoryview(message), place).encode("ascii")
-
-
-def _digest(raw: memoryview, place: int) -> str:
-    """XXH3-128 as hex of all bytes, with zeros for the digits at `place`.
-
-    Not keyed: whoever alters a message on purpose computes a new one.
-    """
-    state = xxh3_128(raw[:place])
-    state.update(NO_DIGEST.encode("ascii"))
-    state.update(raw[place + _HEX_DIGITS :])
-    return state.hexdigest()
+    text, data = _split(memoryview(message), Limits())
+    entries = read_json(text, "container header")
+    if not isinstance(entries, dict):
+        raise WireError("the container header is not an object")
+    ranges = sorted(
+        tuple(entry["data_offsets"])
+        for entry in entries.values()
+        if isinstance(entry, dict) and _are_counts(entry.get("data_offsets"))
+    )
+    header = bytes(message[: len(message) - len(data)])
+    place = place_of_digest(header)
+    tensors = [xxh3_128(data[slice(*offsets)]).digest() for offsets in ranges if len(offsets) == 2]
+    message[place : place + _HEX_DIGITS] = digest(header, tensors).encode("ascii")
 
 
 def _view(name: str, memory: NDArray[np.uint8], address: int, entry: Entry) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,17 +12,17 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 from xxhash import xxh3_128
 
 from fedveil.errors import WireError
-from fedveil.quantization.blockwise import gather_pieces
+from fedveil.quantization.blockwise import Pieces
 from fedveil.wire.canonical import read_json, write_json
 from fedveil.wire.codecs import Codec, Part, codec_for_section, codec_for_type, encode
 from fedveil.wire.container import (
     NO_DIGEST,
     Container,
     Plan,
+    digest,
     open_container,
     place_of_digest,
     plan_container,
@@ -81,13 +81,12 @@ class Message:
             _check_token(name, getattr(self, name))
         if type(self.round) is not int or not 0 <= self.round <= _LARGEST_INT:
             raise WireError("a round is a whole number from 0 up", where="round")
-        for name in (*self.sections, *self.scalars):
-            _check_name(name)
-        sections = Sections(self.sections)
-        for name, section in sections.as_built.items():
-            with _within(name):
-                codec_for_section(section.source if isinstance(section, Gathered) else section)
+        given = self.sections
+        sections = given if isinstance(given, Sections) else Sections(given)
+        if sections.written_as is None:
+            _check_sections(sections)
         for name, value in self.scalars.items():
+            _check_name(name)
             _check_scalar(name, value)
         object.__setattr__(self, "sections", sections)
         object.__setattr__(self, "scalars", dict(self.scalars))
@@ -95,7 +94,7 @@ class Message:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole message."""
-        return self._outline.plan.nbytes
+        return len(self._header) + self._body.plan.nbytes
 
     def to_bytes(self) -> bytearray:
         """The message's bytes; equal messages have equal bytes, in whatever order they were built.
@@ -119,42 +118,43 @@ class Message:
         Raises:
             WireError: as `to_bytes`, or the buffer does not fit; it may be partly written.
         """
-        outline = self._outline
-        memory = _writable(buffer, outline.plan.nbytes)
-        header = outline.plan.header
-        memory[: len(header)] = np.frombuffer(header, np.uint8)
-        checksum = xxh3_128(header)
-        at = len(header)
-        for pieces in _batches(outline.pieces):
-            end = at + gather_pieces(pieces, memory[at:])
-            checksum.update(memory[at:end].data)
-            at = end
-        place = place_of_digest(header)
-        digits = checksum.hexdigest().encode("ascii")
+        memory = _writable(buffer, self.nbytes)
+        start = len(self._header)
+        memory[:start] = np.frombuffer(self._header, np.uint8)
+        data = memory[start:]
+        self._body.pieces.write_to(data)
+        # The same sections have the same bytes: their digests are those of the message before.
+        if not self._body.digests:
+            self._body.digests.extend(
+                xxh3_128(data[i:j].data).digest() for i, j in self._body.plan.ranges
+            )
+        place = place_of_digest(self._header)
+        digits = digest(self._header, self._body.digests).encode("ascii")
         memory[place : place + len(digits)] = np.frombuffer(digits, np.uint8)
         return memory.data.cast("B")
 
+    @property
+    def _body(self) -> _Body:
+        sections = self.sections
+        assert isinstance(sections, Sections)
+        if sections.written_as is None:
+            sections.written_as = _body(sections)
+        body: _Body = sections.written_as
+        return body
+
     @cached_property
-    def _outline(self) -> _Outline:
-        infos: dict[str, Any] = {}
-        parts: dict[str, Part] = {}
-        for name, section in Sections(self.sections).as_built.items():
-            with _within(name):
-                infos[name], own = encode(section)
-            parts |= {f"{part}:{name}": tensor for part, tensor in own.items()}
-        header = {
+    def _header(self) -> bytes:
+        """All bytes before the tensors', with no digest yet."""
+        words = {
             "client": self.client,
             "digest": NO_DIGEST,
             "kind": self.kind,
             "round": self.round,
             "scalars": self.scalars,
             "scheme": self.scheme,
-            "sections": infos,
-            "version": FORMAT_VERSION,
         }
-        described = {name: (part.tensor.dtype, part.shape) for name, part in parts.items()}
-        plan = plan_container(described, write_json(header))
-        return _Outline(plan, [parts[name] for name in plan.ranges])
+        last = f'"sections":{self._body.infos},"version":{FORMAT_VERSION}'
+        return self._body.plan.header(f"{write_json(words)[:-1]},{last}}}")
 
     @classmethod
     def from_bytes(
@@ -244,28 +244,32 @@ def _plan(
 
 
 @dataclass(frozen=True)
-class _Outline:
-    """Where everything in a message will lie, and what will lie there, in this order."""
+class _Body:
+    """What messages with the same sections have in common.
 
+    Attributes:
+        infos: what the message header says of the sections, canonical JSON.
+        plan: where tensors will lie.
+        pieces: what will lie there.
+        digests: of each tensor, once it has been written.
+    """
+
+    infos: str
     plan: Plan
-    pieces: list[Part]
+    pieces: Pieces
+    digests: list[bytes] = field(default_factory=list)
 
 
-_BATCH_BYTES: Final = 2**20
-"""Bytes that are gathered before their checksum is taken: they are in a near cache then."""
-
-
-def _batches(parts: Sequence[Part]) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-    batch: list[tuple[Tensor, Tensor | None]] = []
-    gathered = 0
-    for part in parts:
-        batch.append((part.tensor, part.rows))
-        gathered += math.prod(part.shape) * part.tensor.itemsize
-        if gathered >= _BATCH_BYTES:
-            yield batch
-            batch, gathered = [], 0
-    if batch:
-        yield batch
+def _body(sections: Sections) -> _Body:
+    infos: dict[str, Any] = {}
+    parts: dict[str, Part] = {}
+    for name, section in sections.as_built.items():
+        with _within(name):
+            infos[name], own = encode(section)
+        parts |= {f"{part}:{name}": tensor for part, tensor in own.items()}
+    plan = plan_container({name: (part.tensor.dtype, part.shape) for name, part in parts.items()})
+    pieces = Pieces([(parts[name].tensor, parts[name].rows) for name in plan.names])
+    return _Body(write_json(infos), plan, pieces)
 
 
 def _writable(buffer: bytearray | memoryview | NDArray[np.uint8], needed: int) -> NDArray[np.uint8]:
@@ -280,6 +284,13 @@ def _writable(buffer: bytearray | memoryview | NDArray[np.uint8], needed: int) -
     if not memory.flags.writeable:
         raise WireError("the buffer cannot be written to", found=type(buffer).__name__)
     return memory
+
+
+def _check_sections(sections: Sections) -> None:
+    for name, section in sections.as_built.items():
+        _check_name(name)
+        with _within(name):
+            codec_for_section(section.source if isinstance(section, Gathered) else section)
 
 
 @contextmanager

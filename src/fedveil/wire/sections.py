@@ -134,12 +134,18 @@ class Gathered:
 
 
 class Sections(Mapping[str, Section]):
-    """A message's sections by name; those that are `Gathered` are gathered when asked for."""
+    """A message's sections by name; those that are `Gathered` are gathered when asked for.
+
+    Messages may share one: what it takes to write it is found out once.
+
+    Attributes:
+        as_built: the sections as they were given.
+        written_as: what the writer of messages remembers.
+    """
 
     def __init__(self, sections: Mapping[str, Section | Gathered]) -> None:
-        self.as_built: dict[str, Section | Gathered] = (
-            sections.as_built if isinstance(sections, Sections) else dict(sections)
-        )
+        self.as_built = dict(sections)
+        self.written_as: Any = None
 
     def __getitem__(self, name: str) -> Section:
         section = self.as_built[name]
