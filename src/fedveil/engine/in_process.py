@@ -18,7 +18,7 @@ from torch import nn
 from fedveil.engine.checkpoint import Checkpoint, CheckpointFolder
 from fedveil.engine.observer import Observer
 from fedveil.engine.records import RoundRecord
-from fedveil.engine.workers import Answer, Crew, Job, Workplace, crew, threads
+from fedveil.engine.workers import Answer, Crew, Desk, Job, Workplace, crew, threads
 from fedveil.errors import CheckpointError, ConfigurationError, FedveilError, ProtocolError
 from fedveil.schemes import ServerSide
 from fedveil.state import load_state
@@ -183,8 +183,10 @@ class InProcess:
         if not _is_due(self.evaluation.proxies_every, record.round, rounds):
             measured = set()
         views = ("before", "after") if self.evaluation.received else ("after",)
+        # Clients in this process are done with a proxy before the next one is asked for.
+        write = Desk().write if self.workers == 1 else Message.to_bytes
         for client in sampled:
-            proxy = self.server.release(client).to_bytes()
+            proxy = write(self.server.release(client))
             record.bytes_down[client] = len(proxy)
             self._keep(record.round, client, "proxy", proxy)
             measure = views if client in measured else ()
@@ -276,7 +278,7 @@ class InProcess:
                 fix="The round is in the checkpoint: free some space and run again with resume.",
             ) from error
 
-    def _keep(self, number: int, client: str, kind: str, data: bytearray) -> None:
+    def _keep(self, number: int, client: str, kind: str, data: bytearray | memoryview) -> None:
         if self.folder is None or not self.keep_messages:
             return
         folder = self.folder / "messages" / f"round-{number:06d}"

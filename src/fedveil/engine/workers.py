@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from fedveil.schemes import ClientSide
 from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
 from fedveil.wire import Message
 
-__all__ = ["Answer", "Crew", "Job", "Workplace", "crew", "start_importing", "threads"]
+__all__ = ["Answer", "Crew", "Desk", "Job", "Workplace", "crew", "start_importing", "threads"]
 
 Measures = dict[str, float]
 
@@ -53,7 +53,7 @@ class Job:
     the proxy ``"before"`` and ``"after"`` it."""
 
     client: str
-    proxy: bytearray
+    proxy: bytearray | memoryview
     seed: int
     measure: tuple[str, ...] = ()
 
@@ -64,21 +64,37 @@ class Answer:
     the proxy as received and as trained."""
 
     client: str
-    reply: bytearray | None
+    reply: bytearray | memoryview | None
     failure: FedveilError | None = None
     before: Measures | None = None
     after: Measures | None = None
     seconds: float = 0.0
 
 
-def work(place: Workplace, job: Job) -> Answer:
+class Desk:
+    """Memory for one message at a time: it is used again for the next one.
+
+    Fresh memory costs as much as what is written to it: the system clears it page by page.
+    """
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def write(self, message: Message) -> memoryview:
+        """The message's bytes, until the next message is written."""
+        if len(self._memory) < message.nbytes:
+            self._memory = bytearray(message.nbytes)
+        return message.write_into(self._memory)
+
+
+def work(place: Workplace, job: Job, write: Callable[[Message], bytearray | memoryview]) -> Answer:
     """Do one job. Whatever goes wrong in it is the answer, not an exception."""
     started = time.perf_counter()
     try:
         message = Message.from_bytes(job.proxy)
         before = _measure_received(place, message) if "before" in job.measure else None
         run = LocalRun(place.trainers[job.client], job.seed)
-        reply = place.side.fit(message, place.architecture, run).to_bytes()
+        reply = write(place.side.fit(message, place.architecture, run))
         after = _measure(place) if "after" in job.measure else None
     except FedveilError as error:
         return Answer(job.client, None, error)
@@ -119,9 +135,10 @@ class InTurn:
 
     def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:
         """See :class:`Crew`."""
+        desk = Desk()
         for job in jobs:
             with threads(1):
-                answer = work(self.place, job)
+                answer = work(self.place, job, desk.write)
             yield answer
 
 
@@ -273,4 +290,4 @@ def _leave_with_the_server() -> None:
 
 def _work_here(job: Job) -> Answer:
     assert _place is not None
-    return work(_place, job)
+    return work(_place, job, Message.to_bytes)

@@ -18,7 +18,7 @@ from fedveil.selection import Selection
 from fedveil.state import StateDict
 from fedveil.units import UnitGroup
 from fedveil.updates import UpdateCodec
-from fedveil.wire import Dense, Message
+from fedveil.wire import Dense, Message, Sections
 
 __all__ = ["FedAvg"]
 
@@ -67,7 +67,7 @@ class FedAvgServer:
         self._scheme, self._global = scheme, GlobalModel(model)
         self._ledger = RoundLedger[bool](scheme.name)
         self._everything = Selection((), {}, {})
-        self._sections: dict[str, Dense] = {}
+        self._sections = Sections({})
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         aggregation = aggregation_of(scheme.aggregation)
         self._new_sums = aggregation.sums(model, shapes, "holders", shared_masks=True)
@@ -78,7 +78,7 @@ class FedAvgServer:
         self._ledger.begin(number)
         self._sums = self._new_sums()
         # A copy, once per round: a message that someone keeps must not change with the model.
-        self._sections = {name: Dense(tensor) for name, tensor in self._global.export().items()}
+        self._sections = Sections({n: Dense(t) for n, t in self._global.export().items()})
 
     def release(self, client: str) -> Message:
         """The whole model."""
@@ -98,7 +98,7 @@ class FedAvgServer:
         """Add the mean update to the model."""
         self._ledger.end()
         norm = self._global.apply(self._sums) if self._sums.clients else 0.0
-        self._sections = {}
+        self._sections = Sections({})
         return {"clients": self._sums.clients, "update_norm": norm}
 
     def final(self) -> StateDict:

@@ -143,7 +143,7 @@ class Trainer:
                 rate = float(schedule.get_last_lr()[0])
                 _check_finite("loss", losses[-1], where, rate)
                 loss.backward()  # type: ignore[no-untyped-call]
-                norm = nn.utils.clip_grad_norm_(parameters, self._max_norm)
+                norm = self._clip(parameters)
                 _check_finite("gradient norm", norm.item(), where, rate)
                 optimizer.step()
                 schedule.step()
@@ -176,11 +176,11 @@ class Trainer:
                 with torch.no_grad():
                     self.task.loss(model, batch)
 
-    @property
-    def _max_norm(self) -> float:
-        # Without a limit gradients are multiplied by exactly 1; the norm is still looked at.
-        limit = self.training.max_grad_norm
-        return math.inf if limit is None else limit
+    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Scale gradients down if they are too long; how long they were."""
+        if self.training.max_grad_norm is not None:
+            return nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm)
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         try:
