@@ -3,7 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arithmetic import arithmetic
 from fedveil.masking import Release
+from fedveil.quantization import add_part
 from fedveil.selection import Selection
 from fedveil.units import Slice, UnitGroup
 
@@ -63,13 +65,20 @@ def test_scatter_replaces_what_the_mask_leaves_and_nothing_else(cut):
     assert torch.equal(out, torch.where(mask, numbers(shape), -1.0))
 
 
-@given(cuts())
-def test_add_adds_to_what_the_mask_leaves_and_to_nothing_else(cut):
+@pytest.mark.parametrize("way", ["numba", "torch"])
+@given(cuts(), st.sampled_from([1.0, 0.3, 1e4]), st.sampled_from([torch.float32, torch.float64]))
+def test_adding_changes_what_the_mask_leaves_and_nothing_else(way, cut, weight, dtype):
     groups, released, shape = cut
     selection, (mask, _) = Selection(groups, released, {"w": shape}), oracle(*cut)
-    out = torch.full(shape, 0.5)
-    selection.add("w", selection.gather("w", numbers(shape)), out)
-    assert torch.equal(out, torch.where(mask, numbers(shape) + 0.5, 0.5))
+    out, part = torch.full(shape, 0.5, dtype=dtype), numbers(shape).to(dtype)
+    expected = torch.where(mask, out + part * weight, out)
+    ones = torch.where(mask, expected + weight, expected)
+    with arithmetic(way):
+        positions = selection.positions("w")
+        add_part(selection.gather("w", part), positions, out, weight)
+        assert torch.equal(out, expected)
+        add_part(torch.ones(1, dtype=dtype), positions, out, weight)
+    assert torch.equal(out, ones)
 
 
 @given(cuts())
@@ -114,12 +123,12 @@ def test_fused_parts_are_cut_at_their_offsets():
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
-def test_scatter_and_add_work_through_any_strides(shape):
+def test_scattering_and_adding_work_through_any_strides(shape):
     group = UnitGroup("g", "neurons", shape[0], (Slice("w", 0),))
     selection = Selection(
         [group], {"g": Release(torch.tensor([0, 2]), 1.0)}, {"w": torch.Size(shape)}
     )
     out = torch.zeros(shape[::-1]).t()
     selection.scatter("w", torch.ones(2, shape[1]), out)
-    selection.add("w", torch.ones(2, shape[1]), out)
+    add_part(torch.ones(2, shape[1]), selection.positions("w"), out, 1.0)
     assert out[:, 0].tolist()[:4] == [2, 0, 2, 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -78,12 +78,7 @@ class Selection:
 
     def scatter(self, name: str, part: Tensor, out: Tensor) -> None:
         """Put a released part back in its place in ``out``; the other elements stay as they are."""
-        _replace(list(self.positions(name).items()), out, lambda inner: inner.copy_(part))
-
-    def add(self, name: str, part: Tensor, out: Tensor, weight: float = 1.0) -> None:
-        """Add a released part times ``weight`` to the elements of ``out`` that it came from."""
-        cuts = list(self.positions(name).items())
-        _replace(cuts, out, lambda inner: inner.add_(part, alpha=weight))
+        _put(list(self.positions(name).items()), part, out)
 
     def is_scaled(self, name: str) -> bool:
         """Whether units of a tensor have unbiased factors other than 1."""
@@ -116,14 +111,15 @@ class Selection:
         return shaped
 
 
-def _replace(
-    cuts: Sequence[tuple[int, Tensor]], out: Tensor, change: Callable[[Tensor], Tensor]
-) -> None:
-    """Apply an in-place ``change`` to the elements of ``out`` at the given positions per axis."""
+def _put(cuts: Sequence[tuple[int, Tensor]], part: Tensor, out: Tensor) -> None:
+    """Copy a part to the elements of ``out`` at the given positions per axis."""
     if not cuts:
-        change(out)
+        out.copy_(part)
         return
     (axis, positions), *inner_cuts = cuts
+    if not inner_cuts:
+        out.index_copy_(axis, positions, part.to(out.dtype))
+        return
     inner = out.index_select(axis, positions)
-    _replace(inner_cuts, inner, change)
+    _put(inner_cuts, part, inner)
     out.index_copy_(axis, positions, inner)

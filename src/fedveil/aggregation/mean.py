@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.aggregation.base import Average, Observed, Replay
+from fedveil.quantization import add_part
 from fedveil.selection import Selection
 from fedveil.updates import Updates
 from fedveil.wire import Message, Section
 
 __all__ = ["Mean", "StreamingMean"]
+
+_ONE = torch.ones(1)
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,7 @@ class StreamingMean:
                 self._add(name, updates, selection, weight)
             if name not in self._weights:
                 self._weights[name] = torch.zeros(_weight_shape(selection, name, shape))
-            held = self._weights[name]
-            cut = selection.positions(name)
-            held += weight * selection.released(name, held.shape) if cut else weight
+            add_part(_ONE, selection.positions(name), self._weights[name], weight)
         self.total_weight += weight
         self.clients += 1
 
@@ -98,7 +99,7 @@ class StreamingMean:
         if isinstance(updates, Updates):
             updates.add_to(name, self._sums[name], weight)
         else:
-            selection.add(name, updates[name], self._sums[name], weight)
+            add_part(updates[name], selection.positions(name), self._sums[name], weight)
 
     def mean(self, name: str) -> Tensor | None:
         """The mean update of one tensor at its full shape, or None if none changed it."""

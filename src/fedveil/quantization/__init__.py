@@ -9,7 +9,7 @@ half of FedQSN (arXiv 2508.18911). Quantization alone hides little: every releas
 about 9 % at 4 bits. See `docs/quantization.md`.
 """
 
-from fedveil.quantization.blockwise import kernels
+from fedveil.quantization.blockwise import add_part, kernels
 from fedveil.quantization.codebook import BITS, NormalFloat
 from fedveil.quantization.layout import MAX_BLOCK, part_layout
 from fedveil.quantization.packing import spare_bits
@@ -20,6 +20,7 @@ __all__ = [
     "MAX_BLOCK",
     "NormalFloat",
     "QuantizedTensor",
+    "add_part",
     "kernels",
     "part_layout",
     "quantize",

@@ -27,6 +27,7 @@ from fedveil.quantization.reference import SMALLEST_SCALE, scale_values
 __all__ = [
     "SMALLEST_SCALE",
     "Pieces",
+    "add_part",
     "add_rows",
     "as_matrix",
     "decode_rows",
@@ -145,6 +146,36 @@ def add_rows(
         compiled.decode(parts, out, bits=bits, block=block, units=units, weight=weight)
     else:
         out.index_add_(0, units, _decode(parts, out.shape[1], bits, block) * weight)
+
+
+def add_part(part: Tensor, cuts: Mapping[int, Tensor], out: Tensor, weight: float) -> None:
+    """Add part of a tensor times `weight` to the elements that it is a part of.
+
+    Two float32 (or float64) roundings a value, whichever axes are cut, if any.
+
+    Args:
+        part: of `out`'s dtype and shape, but for the axes that are cut; or one number for all.
+        cuts: axis -> int64 [k], positions along it, ascending and in range (not checked); axes
+            ascending.
+        out: changed in place.
+        weight: rounded to the dtype of `out`.
+    """
+    compiled = _compiled(out)
+    plain = out.dtype == part.dtype == torch.float32 and out.is_contiguous() and not out.is_neg()
+    if compiled is not None and plain and len(cuts) <= 2:
+        compiled.add_part(part, list(cuts.items()), out, weight)
+    else:
+        _add_at(list(cuts.items()), out, part * weight)
+
+
+def _add_at(cuts: list[tuple[int, Tensor]], out: Tensor, part: Tensor) -> None:
+    if not cuts:
+        out.add_(part)
+        return
+    (axis, positions), *inner_cuts = cuts
+    inner = out.index_select(axis, positions)
+    _add_at(inner_cuts, inner, part)
+    out.index_copy_(axis, positions, inner)
 
 
 def gather_rows(source: Tensor, units: Tensor, out: Tensor) -> None:

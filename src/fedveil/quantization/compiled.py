@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from math import prod
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +22,7 @@ from fedveil.quantization.codebook import NormalFloat
 from fedveil.quantization.loops import CELLS_PER_ONE, DECODERS, ENCODERS, FIRST_CELL, gather
 from fedveil.quantization.vectors import LANES
 
-__all__ = ["decode", "encode", "gather_pieces", "gather_rows", "prepare", "suits"]
+__all__ = ["add_part", "decode", "encode", "gather_pieces", "gather_rows", "prepare", "suits"]
 
 Array = NDArray[Any]
 
@@ -102,6 +103,49 @@ def prepare(pieces: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Array, Array]
 def gather_pieces(prepared: tuple[Array, Array], out: Array) -> None:
     """Copy what was prepared; `out` is contiguous and long enough."""
     loops.gather_pieces(*prepared, out)
+
+
+def add_part(part: Tensor, cuts: Sequence[tuple[int, Tensor]], out: Tensor, weight: float) -> None:
+    """Add a contiguous float32 part, or one number, to where at most two axes cut it from.
+
+    Args:
+        part: of `out`'s shape, but for the axes that are cut; or of one number.
+        cuts: axis and positions along it, axes ascending.
+        out: contiguous float32.
+        weight: what the part is multiplied by.
+    """
+    shape = list(out.shape)
+    (first, rows), (second, columns) = _two_cuts(list(cuts), len(shape))
+    extents = (
+        prod(shape[:first]),
+        shape[first] if rows is not None else 1,
+        prod(shape[first + 1 : second]) if rows is not None else prod(shape[first:second]),
+        shape[second] if columns is not None else 1,
+        prod(shape[second + 1 :]) if columns is not None else prod(shape[second:]),
+    )
+    loops.add_part(
+        _flat(part),
+        np.float32(weight),
+        _flat(out),
+        extents,
+        _ONLY if rows is None else rows.numpy(),
+        _ONLY if columns is None else columns.numpy(),
+    )
+
+
+_ONLY: Final = np.zeros(1, np.int64)
+Cut = tuple[int, Tensor | None]
+
+
+def _two_cuts(cuts: list[tuple[int, Tensor]], axes: int) -> tuple[Cut, Cut]:
+    """Cuts along two places of a shape; those that are missing are made up beside the others."""
+    if not cuts:
+        return (0, None), (0, None)
+    if len(cuts) == 2:
+        return cuts[0], cuts[1]
+    axis, _ = cuts[0]
+    # The inner loops run along the second cut: the last axis is better there.
+    return ((0, None), cuts[0]) if axis == axes - 1 else (cuts[0], (axis + 1, None))
 
 
 def _in_threads(call: Callable[[int, int], Any], units: int, values: int) -> list[Any]:

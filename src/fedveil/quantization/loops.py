@@ -36,6 +36,7 @@ __all__ = [
     "ENCODERS",
     "FIRST_CELL",
     "Kernel",
+    "add_part",
     "gather",
     "gather_pieces",
 ]
@@ -49,6 +50,7 @@ Place = tuple[Array, int, int]
 Packed = tuple[Array, Array, Array]
 Shape = tuple[int, int, bool]
 Pair = tuple[Array, Array]
+Extents = tuple[int, int, int, int, int]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS: Final[Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
@@ -565,7 +567,37 @@ def _gather_pieces(table: Array, units: Array, target: Array) -> None:
         _copy_rows(source, width, units, first, last, target, at)
 
 
+def _add_part(
+    part: Array, weight: Any, target: Array, extents: Extents, rows: Array, columns: Array
+) -> None:
+    """Add a part times `weight` to where it was cut from along two axes.
+
+    `target` is [outer, height, between, width, inner] with `extents` (outer, height, between,
+    width, inner), flat; of `height` there are `rows` in the part, of `width` `columns`. A part of
+    one number stands for as many as are wanted.
+    """
+    outer, height, between, width, inner = extents
+    whole, i = len(part) > 1, 0
+    for one in range(outer):
+        for row in range(len(rows)):
+            for two in range(between):
+                base = ((one * height + rows[row]) * between + two) * width
+                for column in range(len(columns)):
+                    j = (base + columns[column]) * inner
+                    if not whole:
+                        for k in range(inner):
+                            target[np.uint64(j + k)] += weight * part[0]
+                    else:
+                        for k in range(inner):
+                            target[np.uint64(j + k)] += part[np.uint64(i + k)] * weight
+                    i += inner
+
+
 ENCODERS: Final = {bits: _encoder(bits) for bits in BITS}
 DECODERS: Final = {bits: _decoder(bits) for bits in BITS}
 gather: Final = Kernel(_gather, types.void(_U8, _I64, _I64[::1], _U8, _I64, _I64))
+add_part: Final = Kernel(
+    _add_part,
+    types.void(_F32, types.float32, _F32, _tuple([_I64] * 5), _I64[::1], _I64[::1]),
+)
 gather_pieces: Final = Kernel(_gather_pieces, types.void(_I64[:, ::1], _I64[::1], _U8))

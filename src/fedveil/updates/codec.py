@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedveil.errors import ConfigurationError, ProtocolError
-from fedveil.quantization import MAX_BLOCK, QuantizedTensor, quantize
+from fedveil.quantization import MAX_BLOCK, QuantizedTensor, add_part, quantize
 from fedveil.selection import Selection
 from fedveil.wire import Dense, Section
 
@@ -150,7 +150,7 @@ class Updates(Mapping[str, Tensor]):
             units = cuts.get(section.axis)
             section.add_to(total, torch.arange(section.units) if units is None else units, weight)
         else:
-            self._selection.add(name, self[name], total, weight)
+            add_part(self[name], cuts, total, weight)
 
 
 def _encoding(section: Section) -> str:
