@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export DO_NOT_TRACK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench fuzz clean
 
 help:  ## Show this help
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -37,8 +37,21 @@ lint: $(READY)  ## Check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## Measure speed and bytes as ratios to a plain copy of the same tensors
-	$(BIN)/python benchmarks/run.py
+# Without constraints: pfl-research wants an older attrs. What cannot be installed is left out.
+bench: $(READY)  ## Measure speed, bytes and memory as ratios to a plain copy, beside competitors
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' || \
+		echo 'Competitors could not be installed: they are skipped.'
+	$(BIN)/python benchmarks/run.py --out runs/bench
+
+# Each of the two programs runs for so many seconds; what ends one is in runs/fuzz/.
+SECONDS ?= 300
+fuzz: $(READY)  ## Fuzz what reads strangers' bytes, SECONDS=300 for each of two programs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	mkdir -p runs/fuzz/read runs/fuzz/receive
+	$(BIN)/python fuzz/wire.py -max_total_time=$(SECONDS) -artifact_prefix=runs/fuzz/read- \
+		runs/fuzz/read tests/fuzz/corpus/read
+	$(BIN)/python fuzz/rounds.py -max_total_time=$(SECONDS) -artifact_prefix=runs/fuzz/receive- \
+		runs/fuzz/receive tests/fuzz/corpus/receive
 
 clean:  ## Remove the virtual environment, caches and run folders
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

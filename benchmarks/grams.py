@@ -83,12 +83,15 @@ class AllForms:
 def accuracies(scene: Scene, setting: Setting) -> dict[str, dict[str, float]]:
     """Accuracy of the global and the server model by form, and megabytes of Grams per client."""
     secret, at = Secret(bytes(32)), setting.at_once()
-    schemes = {n: FedQSN(client_mask=0.0, aggregation=form) for n, form in FORMS.items()}
+    schemes = {
+        n: FedQSN(client_mask=0.0, aggregation=form, block=64, shrink=False)
+        for n, form in FORMS.items()
+    }
     servers = {name: scheme.server(scene.base, secret) for name, scheme in schemes.items()}
     for server in servers.values():
         server.begin_round(1)
     forms, sizes = AllForms(), {name: [] for name in FORMS}
-    side = replace(FedQSN(client_mask=0.0).client(), aggregation=forms)
+    side = replace(FedQSN(client_mask=0.0, shrink=False).client(), aggregation=forms)
     model = copy.deepcopy(scene.base)
     for number, (client, data) in enumerate(sorted(scene.clients.items())):
         trainer = Trainer(scene.task, data, at.training)

@@ -29,20 +29,30 @@ from fedveil.demo import (
 )
 from fedveil.schemes import FedAvg, FedQSN, Scheme
 
+# What the default was chosen from, as it was then.
+FORMER = FedQSN(block=64, shrink=False)
+
 RECIPES: dict[str, Scheme] = {
     "fedavg": FedAvg(),
     "fedqsn-paper": FedQSN.paper(),
     "fedqsn": FedQSN(),
     "fedqsn-regmean": FedQSN(client_mask=0.0, aggregation="regmean"),
-    "fedqsn, sticky masks": FedQSN(policy="sticky"),
-    "fedqsn, fresh masks": FedQSN(policy="fresh"),
-    "fedqsn, unbiased": FedQSN(unbiased=True),
-    "fedqsn, mean over participants": FedQSN(average="participants"),
-    "fedqsn, neurons and heads": FedQSN(units="neurons"),
-    "fedqsn, columns": FedQSN(units="columns"),
-    "fedqsn, 3 bit": FedQSN(bits=3),
     "fedqsn, 8-bit updates": FedQSN(update_bits=8),
+    "fedqsn, 8-bit updates, error feedback": FedQSN(update_bits=8, error_feedback=True),
     "fedqsn, 4-bit updates": FedQSN(update_bits=4),
+    "fedqsn, 4-bit updates, error feedback": FedQSN(update_bits=4, error_feedback=True),
+    "fedqsn, 2-bit updates": FedQSN(update_bits=2),
+    "fedqsn, 2-bit updates, error feedback": FedQSN(update_bits=2, error_feedback=True),
+    "former": FORMER,
+    "former, sticky masks": replace(FORMER, policy="sticky"),
+    "former, fresh masks": replace(FORMER, policy="fresh"),
+    "former, unbiased": replace(FORMER, unbiased=True),
+    "former, mean over participants": replace(FORMER, average="participants"),
+    "former, neurons and heads": replace(FORMER, units="neurons"),
+    "former, columns": replace(FORMER, units="columns"),
+    "former, 3 bit": replace(FORMER, bits=3),
+    "former, 8-bit updates": replace(FORMER, update_bits=8),
+    "former, 4-bit updates": replace(FORMER, update_bits=4),
 }
 ALONE = "own data alone"
 VIEWS = ("global", "server_model", "proxy_before", "proxy_after")

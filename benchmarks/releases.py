@@ -28,7 +28,7 @@ from fedveil.schemes import FedAvg, FedQSN, Scheme
 
 SCHEMES: dict[str, Scheme] = {
     "FedAvg": FedAvg(),
-    "FedQSN, RegMean": FedQSN(client_mask=0.0, aggregation="regmean"),
+    "FedQSN, RegMean": FedQSN(client_mask=0.0, aggregation="regmean", block=64, shrink=False),
 }
 RELEASES = (1, 2, 3)
 VIEWS = ("global", "server_model", "proxy_before", "proxy_after")

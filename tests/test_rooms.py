@@ -11,9 +11,9 @@ import fedveil
 
 SOURCE = Path(fedveil.__file__).parent
 ROOMS = (
-    "errors", "units", "secret", "masking", "selection", "state", "quantization", "wire", "updates",
-    "aggregation", "schemes", "training", "engine", "federation", "data", "config", "merging",
-    "report", "audit", "demo", "cli", "",
+    "errors", "units", "secret", "masking", "selection", "state", "shards", "shrinking",
+    "quantization", "wire", "updates", "aggregation", "schemes", "training", "engine", "federation",
+    "data", "config", "merging", "report", "audit", "demo", "cli", "",
 )  # fmt: skip
 CORE = ROOMS[: ROOMS.index("schemes") + 1]
 FOREIGN = {"transformers", "flwr", "datasets", "flwr_datasets", "typer", "rich", "matplotlib"}

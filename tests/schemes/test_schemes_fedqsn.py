@@ -3,6 +3,7 @@ import torch
 
 from fedveil import CheckpointError, ConfigurationError, FedAvg, FedQSN, ProtocolError
 from fedveil.schemes import ServerState, scheme_class, scheme_names
+from fedveil.units import find_units
 from fedveil.wire import Dense, Message
 from toys import (
     CHOICES,
@@ -164,9 +165,31 @@ class TestClient:
         client.load(server.release("a"), other)
         assert same(weights(one), weights(other))
 
-    def test_withheld_elements_are_zero_and_stay_zero_in_training(self):
-        scheme = FedQSN(server_mask=0.25, client_mask=0.25, units="neurons")
-        server, model = scheme.server(mlp(), SECRET), bare(mlp())
+    @pytest.mark.parametrize("choice", CHOICES)
+    def test_a_loaded_proxy_is_zero_where_it_is_withheld_and_scaled_elsewhere(self, choice):
+        scheme = FedQSN(
+            server_mask=0.0, client_mask=0.25, bits=None, units=choice, draw="exact", unbiased=True
+        )
+        server, model, own = scheme.server(mlp(), SECRET), mlp(), mlp(seed=8)
+        server.begin_round(1)
+        proxy = server.release("a")
+        scheme.client().load(proxy, own)
+        factors = {name: torch.ones_like(tensor) for name, tensor in weights(model).items()}
+        for group in find_units(model, choice):
+            for cut in (cut for cut in group.slices if cut.scaled):
+                factors[cut.tensor] *= proxy.sections[f"units/{group.name}"].scale
+        for name, mask in withheld(proxy, model, choice).items():
+            expected = (weights(model)[name] * factors[name]).masked_fill(mask, 0)
+            torch.testing.assert_close(weights(own)[name], expected, msg=name)
+        assert any(bool((factor != 1).any()) for factor in factors.values())
+
+    @pytest.mark.parametrize("shrink", [True, False])
+    @pytest.mark.parametrize("choice", CHOICES)
+    def test_withheld_elements_are_zero_and_stay_zero_in_training(self, choice, shrink):
+        scheme = FedQSN(server_mask=0.25, client_mask=0.25, units=choice, shrink=shrink)
+        model = mlp()
+        model[2] = torch.nn.Sigmoid()  # not zero at zero: a neuron that is zero has gradients
+        server, model = scheme.server(model, SECRET), bare(model)
         server.begin_round(1)
         proxy = server.release("a")
 
@@ -180,7 +203,7 @@ class TestClient:
 
         reply = scheme.client().fit(proxy, model, TrainBy(train))
         assert reply.sections
-        for name, mask in withheld(proxy, model, "neurons").items():
+        for name, mask in withheld(proxy, model, choice).items():
             assert not bool(weights(model)[name][mask].any()), name
 
     def test_a_tensor_that_training_left_alone_is_not_returned(self):

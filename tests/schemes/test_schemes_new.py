@@ -72,6 +72,8 @@ class SignServer:
 
 
 class SignClient:
+    remembers = False
+
     def load(self, message, model):
         load_state(model, {name: section.tensor for name, section in message.sections.items()})
 

@@ -82,6 +82,10 @@ class GramCodec:
                 raise ProtocolError("A Gram is for a weight that is not linear", where=layer)
             if not isinstance(name, str):
                 raise ProtocolError("A Gram's name is no text", found=repr(name), where=layer)
+            if len(name) > 256 or not name.isprintable():  # it will stand in errors
+                raise ProtocolError(
+                    "A Gram's name is no weight's name", found=repr(name)[:80], where=layer
+                )
             inputs = layers[layer].inputs(selection)
             width = layers[layer].matrix_shape(shapes[layer])[1]
             bounds = restrict(block_bounds(width, self.form, self.size), inputs)

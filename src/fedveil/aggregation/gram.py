@@ -16,6 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fedveil.errors import TrainingError
+
 __all__ = ["FORMS", "Form", "Gram", "Moments", "block_bounds", "count_pairs", "restrict"]
 
 Form = Literal["blocks", "low-rank"]
@@ -171,7 +173,12 @@ class Moments:
         shift = 1e-6 * float(self._sketch.norm()) + _TINY
         shifted = self._sketch + shift * self._directions
         core = self._directions.t() @ shifted
-        lower = torch.linalg.cholesky((core + core.t()) / 2)
+        lower, failed = torch.linalg.cholesky_ex((core + core.t()) / 2)
+        if failed or not bool(torch.isfinite(lower).all()):
+            raise TrainingError(
+                "A layer's inputs are too large to measure",
+                fix="Look for a proxy with absurdly large weights.",
+            )
         half = torch.linalg.solve_triangular(lower, shifted.t(), upper=False).t()
         left, singular, _ = torch.linalg.svd(half, full_matrices=False)
         factor: Tensor = left * (singular.square() - shift).clamp_min(0.0).sqrt()

@@ -9,13 +9,16 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
 from fedveil.engine.checkpoint import Checkpoint, CheckpointFolder
+from fedveil.engine.memory import ClientFiles
 from fedveil.engine.observer import Observer
 from fedveil.engine.records import RoundRecord
 from fedveil.engine.workers import Answer, Crew, Desk, Job, Workplace, crew, threads
@@ -26,6 +29,9 @@ from fedveil.training import evaluate
 from fedveil.wire import Message
 
 __all__ = ["Evaluation", "InProcess"]
+
+# What clients keep, in the run folder.
+_CLIENTS = "clients"
 
 # Always the same, since the last bits of a loss depend on it.
 _MEASURING_THREADS = 2
@@ -109,14 +115,32 @@ class InProcess:
         self.observer.run_started(rounds, len(records))
         if len(records) >= rounds:
             return records
-        with crew(self.place, self.workers) as clients:
-            for number in range(len(records) + 1, rounds + 1):
-                sampled = self._sample(number, records)
-                record = self._round(number, rounds, sampled, clients)
-                records.append(record)
-                self._save(records)
-                self.observer.round_finished(record)
+        with self._memories(len(records)) as memories:
+            place = replace(self.place, memories=memories)
+            with crew(place, self.workers) as clients:
+                for number in range(len(records) + 1, rounds + 1):
+                    sampled = self._sample(number, records)
+                    record = self._round(number, rounds, sampled, clients)
+                    records.append(record)
+                    self._save(records)
+                    if memories is not None:
+                        memories.settle(number)
+                    self.observer.round_finished(record)
         return records
+
+    @contextmanager
+    def _memories(self, finished: int) -> Iterator[ClientFiles | None]:
+        """What clients keep between rounds, if they do: with the run, or as long as it lasts."""
+        if not self.place.side.remembers:
+            yield None
+        elif self.folder is None:
+            with TemporaryDirectory(prefix="fedveil-") as folder:
+                yield ClientFiles(Path(folder))
+        else:
+            memories = ClientFiles(self.folder / _CLIENTS)
+            if not finished:
+                memories.clear()
+            yield memories
 
     def measure_model(self, model: nn.Module) -> dict[str, float] | None:
         """What a model reaches on the owner's test set, or None without one."""
@@ -296,7 +320,7 @@ class InProcess:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run wrote into its folder, and nothing else."""
-    for name in ("checkpoints", "messages"):
+    for name in ("checkpoints", "messages", _CLIENTS):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
 
@@ -309,7 +333,9 @@ def _count(reply: Message, name: str) -> int:
     value = reply.scalars.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ProtocolError(
-            f"A reply does not say its {name}", expected="a positive integer", found=repr(value)
+            f"A reply does not say its {name}",
+            expected="a positive integer",
+            found=repr(value)[:80],
         )
     return value
 

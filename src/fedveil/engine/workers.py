@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from fedveil.engine.memory import ClientFiles
 from fedveil.errors import FedveilError, TrainingError
 from fedveil.schemes import ClientSide
 from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
@@ -37,7 +38,8 @@ class Workplace:
     """All that clients have: no model weights, no secret, nothing of the server.
 
     ``architecture`` is a model whose weights were wiped; ``test`` is the owner's test set, lent to
-    measure proxies in an experiment (real clients do not have it).
+    measure proxies in an experiment (real clients do not have it). ``memories`` is what clients
+    keep for themselves between rounds, if they do.
     """
 
     architecture: nn.Module
@@ -45,6 +47,7 @@ class Workplace:
     task: Task
     trainers: dict[str, Trainer]
     test: Prepared | None
+    memories: ClientFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def work(place: Workplace, job: Job, write: Callable[[Message], bytearray | memo
         message = Message.from_bytes(job.proxy)
         before = _measure_received(place, message) if "before" in job.measure else None
         run = LocalRun(place.trainers[job.client], job.seed)
-        reply = write(place.side.fit(message, place.architecture, run))
+        reply = write(_fit(place, job.client, message, run))
         after = _measure(place) if "after" in job.measure else None
     except FedveilError as error:
         return Answer(job.client, None, error)
@@ -107,6 +110,15 @@ def work(place: Workplace, job: Job, write: Callable[[Message], bytearray | memo
         )
         return Answer(job.client, None, failure)
     return Answer(job.client, reply, None, before, after, time.perf_counter() - started)
+
+
+def _fit(place: Workplace, client: str, message: Message, run: LocalRun) -> Message:
+    if place.memories is None:
+        return place.side.fit(message, place.architecture, run)
+    memory = place.memories.recall(client, message.round)
+    reply = place.side.fit(message, place.architecture, run, memory)
+    place.memories.keep(client, message.round, memory)
+    return reply
 
 
 def _measure_received(place: Workplace, message: Message) -> Measures | None:

@@ -61,7 +61,8 @@ def message_table(message: Message, size: int) -> Table:
         f"{message.kind} of scheme {message.scheme}, round {message.round}, "
         f"client {message.client}: {len(rows)} sections, {human_bytes(size)} ({size:,} bytes)"
     )
-    scalars = "\n".join(f"{name} = {value}" for name, value in message.scalars.items())
+    # A text as Python writes it: what a stranger sent must not steer the terminal.
+    scalars = "\n".join(f"{name} = {value!r}" for name, value in message.scalars.items())
     table = _table(("Section", "Content", "Shape", "Bytes"), rows, ("Bytes",), scalars)
     table.title, table.title_justify, table.title_style = Text(title), "left", "bold"
     return table

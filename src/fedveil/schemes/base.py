@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -13,9 +13,12 @@ from fedveil.secret import Secret
 from fedveil.state import StateDict
 from fedveil.wire import Message
 
-__all__ = ["ClientSide", "LocalTrainer", "Metrics", "Scheme", "ServerSide", "ServerState"]
+__all__ = ["ClientSide", "LocalTrainer", "Memory", "Metrics", "Scheme", "ServerSide", "ServerState"]
 
 Metrics = Mapping[str, float]
+
+Memory = MutableMapping[str, Tensor]
+"""What a client keeps for itself from one round to the next."""
 
 
 class LocalRecord(Protocol):
@@ -111,12 +114,29 @@ class ClientSide(Protocol):
             ProtocolError: If the message does not fit the model.
         """
 
-    def fit(self, message: Message, model: nn.Module, trainer: LocalTrainer) -> Message:
+    def fit(
+        self,
+        message: Message,
+        model: nn.Module,
+        trainer: LocalTrainer,
+        memory: Memory | None = None,
+    ) -> Message:
         """Load the proxy, train it in place, and return the update.
+
+        Args:
+            message: What the server released.
+            model: The architecture.
+            trainer: Trains on the client's data.
+            memory: What this client kept from its last round; changed in place once the update is
+                made. Without one nothing is kept.
 
         Raises:
             ProtocolError: If the message does not fit the model.
         """
+
+    @property
+    def remembers(self) -> bool:
+        """Whether :meth:`fit` wants a memory that lasts from round to round."""
 
 
 class Scheme(ABC):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,15 @@ from fedveil.aggregation import Aggregation, Mean
 from fedveil.errors import ProtocolError
 from fedveil.masking import Release
 from fedveil.quantization import QuantizedTensor
-from fedveil.schemes.base import LocalTrainer
+from fedveil.schemes.base import LocalRecord, LocalTrainer, Memory
 from fedveil.selection import Selection
-from fedveil.state import read_state, wipe
+from fedveil.shrinking import shrunk
+from fedveil.state import StateDict, read_state
 from fedveil.units import UnitGroup
-from fedveil.updates import UpdateCodec
+from fedveil.updates import ErrorFeedback, UpdateCodec
 from fedveil.wire import Dense, Message, Section, UnitIndex
 
-__all__ = ["UNIT_PREFIX", "ProxyClient", "read_part"]
+__all__ = ["UNIT_PREFIX", "ProxyClient"]
 
 UNIT_PREFIX = "units/"
 """A unit index travels under this prefix and the name of its unit group."""
@@ -35,41 +37,61 @@ class ProxyClient:
         find_groups: The unit groups of an architecture; the same function as on the server.
         codec: How updates are encoded.
         aggregation: What else the server needs to combine them.
+        shrink: Train a network that is physically without the withheld units, where one can be made
+            (:func:`~fedveil.shrinking.shrunk`), rather than with zeros in their place.
+        error_feedback: Add what quantizing lost of earlier updates to the next one.
 
     Does NOT protect the client's data from the server: the update is exact, or quantized by
-    ``codec``. Withheld units take no part in training: they are zero, and stay so.
+    ``codec``. Withheld units take no part in training: they are zero in the model after it, too.
     """
 
     scheme: str
     find_groups: Callable[[nn.Module], Sequence[UnitGroup]]
     codec: UpdateCodec
     aggregation: Aggregation = field(default_factory=Mean)
+    shrink: bool = True
+    error_feedback: bool = False
+
+    @property
+    def remembers(self) -> bool:
+        """See :class:`~fedveil.schemes.base.ClientSide`."""
+        return self.error_feedback
 
     def load(self, message: Message, model: nn.Module) -> None:
         """See :class:`~fedveil.schemes.base.ClientSide`."""
-        self._load(message, model)
+        proxy = self._read(message, model)
+        proxy.decode(read_state(model), proxy.selection)
 
-    def fit(self, message: Message, model: nn.Module, trainer: LocalTrainer) -> Message:
+    def fit(
+        self,
+        message: Message,
+        model: nn.Module,
+        trainer: LocalTrainer,
+        memory: Memory | None = None,
+    ) -> Message:
         """See :class:`~fedveil.schemes.base.ClientSide`."""
-        selection, parts = self._load(message, model)
-        own = read_state(model)
-        # The model may be of lower precision than the message: training starts from what it holds.
-        start = {name: selection.gather(name, own[name]).clone() for name in parts}
-        with _withheld_units_still(model, selection):
-            record = trainer(model)
+        proxy = self._read(message, model)
+        record, updates = self._train(proxy, model, trainer)
+        memory = {} if memory is None else memory
+        feedback = ErrorFeedback(self.codec, proxy.selection, proxy.shapes, memory)
+        owed = feedback.outstanding() if self.error_feedback else []
         sections: dict[str, Section] = {}
-        for name, before in start.items():
-            update = _difference(selection.gather(name, own[name]), before)
-            if update is not None:
-                axis = next(iter(selection.positions(name)), 0)
+        for name in [*updates, *(name for name in owed if name not in updates)]:
+            axis = next(iter(proxy.selection.positions(name)), 0)
+            update = updates.pop(name, None)
+            if self.error_feedback:
+                sections[name] = feedback.encode(name, update, axis)
+            elif update is not None:
                 sections[name] = self.codec.encode(update, axis)
-        observed = self.aggregation.observe(model, trainer.replay, sections.keys(), selection)
+        changed = sections.keys()
+        observed = self.aggregation.observe(model, trainer.replay, changed, proxy.selection)
         scalars = {
             "examples": record.examples,
             "steps": record.steps,
             "loss_first": float(record.loss_first),
             "loss_last": float(record.loss_last),
         }
+        feedback.commit()
         return Message(
             "update",
             self.scheme,
@@ -79,7 +101,32 @@ class ProxyClient:
             {**scalars, **observed.scalars},
         )
 
-    def _load(self, message: Message, model: nn.Module) -> tuple[Selection, Mapping[str, Tensor]]:
+    def _train(
+        self, proxy: _Proxy, model: nn.Module, trainer: LocalTrainer
+    ) -> tuple[LocalRecord, dict[str, Tensor]]:
+        """Train the proxy; what was done, and the updates at their released shapes."""
+        with self._sized(proxy, model) as cut:
+            own = read_state(model)
+            proxy.decode(own, cut)
+            # The model may be of lower precision than the message: it starts from what it holds.
+            start = {name: _copy(name, tensor, cut) for name, tensor in own.items()}
+            with _withheld_units_still(model, cut):
+                record = trainer(model)
+            updates = {}
+            for name, tensor in own.items():
+                update = _difference(cut.gather(name, tensor), start.pop(name))
+                if update is not None:
+                    updates[name] = update
+        return record, updates
+
+    def _sized(self, proxy: _Proxy, model: nn.Module) -> AbstractContextManager[Selection]:
+        """The model to train; the context is what is still cut in it."""
+        if self.shrink:
+            return shrunk(model, proxy.groups, proxy.released)
+        return nullcontext(proxy.selection)
+
+    def _read(self, message: Message, model: nn.Module) -> _Proxy:
+        """Check a message against the model's architecture, and decode nothing yet."""
         if (message.kind, message.scheme) != ("proxy", self.scheme):
             raise ProtocolError(
                 "A client was sent the wrong message",
@@ -87,36 +134,71 @@ class ProxyClient:
                 found=f"{message.kind!r} of {message.scheme!r}",
             )
         own = read_state(model)
-        groups = self._groups(message, model)
+        groups = self._groups(message, model, own)
         released = {group.name: _read_release(message, group) for group in groups}
-        selection = Selection(groups, released, {n: t.shape for n, t in own.items()})
+        shapes = {name: tensor.shape for name, tensor in own.items()}
+        selection = Selection(groups, released, shapes)
         _check_names(message, own, groups)
         parts = {
-            name: read_part(name, message.sections[name], selection.shape(name, tensor.shape))
-            for name, tensor in own.items()
+            name: _read_part(name, message.sections[name], selection.shape(name, shape))
+            for name, shape in shapes.items()
         }
-        wipe(model)
-        with torch.no_grad():
-            for name, part in parts.items():
-                selection.scatter(name, selection.scale(name, part).to(own[name].dtype), own[name])
-        return selection, parts
+        return _Proxy(groups, released, shapes, selection, parts)
 
-    def _groups(self, message: Message, model: nn.Module) -> Sequence[UnitGroup]:
-        """The model's unit groups, less those that the server does not cut.
+    def _groups(self, message: Message, model: nn.Module, own: StateDict) -> Sequence[UnitGroup]:
+        """The model's unit groups, less those that the server does not cut."""
+        shapes = [(name, tensor.shape) for name, tensor in own.items()]
+        known = _KNOWN.get(model)
+        if known is None or known[0] is not self.find_groups or known[1] != shapes:
+            known = _KNOWN[model] = self.find_groups, shapes, self._find_groups(model, own)
+        return [group for group in known[2] if UNIT_PREFIX + group.name in message.sections]
+
+    @torch.no_grad()
+    def _find_groups(self, model: nn.Module, own: StateDict) -> Sequence[UnitGroup]:
+        """All unit groups of an architecture.
 
         On the server an embedding with a copy elsewhere is not cut. Here values say nothing, and
         two wiped tensors would pass for copies: each is told apart by a number of its own.
         """
-        with torch.no_grad():
-            for number, tensor in enumerate(read_state(model).values(), start=1):
-                if tensor.is_floating_point():
-                    tensor.fill_(number)
-        groups = self.find_groups(model)
-        return [group for group in groups if UNIT_PREFIX + group.name in message.sections]
+        for number, tensor in enumerate(own.values(), start=1):
+            if tensor.is_floating_point():
+                tensor.fill_(number)
+        return self.find_groups(model)
 
 
-def read_part(name: str, section: object, shape: torch.Size) -> Tensor:
-    """The tensor in a section, which must have the given shape.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[object, object, Sequence[UnitGroup]]]
+_KNOWN = WeakKeyDictionary()
+"""The unit groups of a model, who found them, and its shapes then: clients get many proxies."""
+
+
+@dataclass(frozen=True)
+class _Proxy:
+    """What a message released of a model: its cut, and the tensors as they travelled."""
+
+    groups: Sequence[UnitGroup]
+    released: Mapping[str, Release]
+    shapes: Mapping[str, torch.Size]
+    selection: Selection
+    parts: Mapping[str, Dense | QuantizedTensor]
+
+    @torch.no_grad()
+    def decode(self, own: StateDict, cut: Selection) -> None:
+        """Put the released parts into a model's tensors, of which so much is still cut."""
+        for name, tensor in own.items():
+            if cut.positions(name):
+                tensor.zero_()
+            section = self.parts[name]
+            in_place = not cut.positions(name) and tensor.dtype == torch.float32
+            if isinstance(section, QuantizedTensor):
+                part = section.dequantize(tensor if in_place else None)
+            else:
+                part = section.tensor
+            if part is not tensor or self.selection.is_scaled(name):
+                cut.scatter(name, self.selection.scale(name, part).to(tensor.dtype), tensor)
+
+
+def _read_part(name: str, section: object, shape: torch.Size) -> Dense | QuantizedTensor:
+    """The section of a tensor, which must have the given shape.
 
     Raises:
         ProtocolError: If the section is no tensor, or of another shape.
@@ -129,7 +211,7 @@ def read_part(name: str, section: object, shape: torch.Size) -> Tensor:
             "A tensor has the wrong shape", expected=str(list(shape)), found=str(list(found)),
             where=name, fix="Server and client must hold the same architecture.",
         )  # fmt: skip
-    return section.dequantize() if isinstance(section, QuantizedTensor) else section.tensor
+    return section
 
 
 def _read_release(message: Message, group: UnitGroup) -> Release:
@@ -141,6 +223,12 @@ def _read_release(message: Message, group: UnitGroup) -> Release:
             found=str(section.size) if isinstance(section, UnitIndex) else "none",
             where=group.name,
             fix="Server and client must use the same choice of units.",
+        )
+    if section.scale > torch.finfo(torch.float32).max:
+        raise ProtocolError(
+            "A unit group's factor does not fit into float32",
+            found=f"{section.scale:g}",
+            where=group.name,
         )
     return Release(section.released, section.scale)
 
@@ -157,11 +245,19 @@ def _check_names(message: Message, own: Mapping[str, Tensor], groups: Sequence[U
 
 
 def _difference(after: Tensor, before: Tensor) -> Tensor | None:
-    """The update of one tensor, or None if it cannot or did not change."""
+    """The update of one tensor, in the memory of what was before; None if nothing changed."""
     if not after.is_floating_point() or torch.equal(after, before):
         return None
     wide = torch.float64 if after.dtype == torch.float64 else torch.float32
+    if after.dtype == wide:
+        return torch.sub(after, before, out=before)
     return after.to(wide) - before.to(wide)
+
+
+def _copy(name: str, tensor: Tensor, cut: Selection) -> Tensor:
+    """A copy of what is released of a tensor."""
+    part = cut.gather(name, tensor)
+    return part.clone() if part is tensor else part
 
 
 @contextmanager

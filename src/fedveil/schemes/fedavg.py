@@ -17,7 +17,7 @@ from fedveil.secret import Secret
 from fedveil.selection import Selection
 from fedveil.state import StateDict
 from fedveil.units import UnitGroup
-from fedveil.updates import UpdateCodec
+from fedveil.updates import UpdateCodec, check_error_feedback
 from fedveil.wire import Dense, Message, Sections
 
 __all__ = ["FedAvg"]
@@ -32,6 +32,7 @@ class FedAvg(Scheme):
 
     Attributes:
         update_bits: Quantize updates on the way up (2, 3, 4 or 8 bits); None sends float32.
+        error_feedback: Clients keep what that loses and add it to their next update.
         aggregation: How updates become one: "mean", "regmean", or a
             :class:`~fedveil.aggregation.RegMean` with its settings.
 
@@ -40,6 +41,7 @@ class FedAvg(Scheme):
 
     name: ClassVar[str] = "fedavg"
     update_bits: int | None = None
+    error_feedback: bool = False
     aggregation: Aggregation | str = "mean"
 
     @property
@@ -49,6 +51,7 @@ class FedAvg(Scheme):
 
     def __post_init__(self) -> None:
         _ = self.codec  # checks update_bits
+        check_error_feedback(self.error_feedback, self.update_bits)
         object.__setattr__(self, "aggregation", aggregation_of(self.aggregation))
 
     def server(self, model: nn.Module, secret: Secret) -> FedAvgServer:
@@ -57,7 +60,13 @@ class FedAvg(Scheme):
 
     def client(self) -> ProxyClient:
         """See :meth:`Scheme.client`."""
-        return ProxyClient(self.name, _no_groups, self.codec, aggregation_of(self.aggregation))
+        return ProxyClient(
+            self.name,
+            _no_groups,
+            self.codec,
+            aggregation_of(self.aggregation),
+            error_feedback=self.error_feedback,
+        )
 
 
 class FedAvgServer:

@@ -22,7 +22,7 @@ from fedveil.secret import Secret
 from fedveil.selection import Selection
 from fedveil.state import StateDict
 from fedveil.units import find_units, validate
-from fedveil.updates import SMALL, UpdateCodec, check_bits
+from fedveil.updates import SMALL, UpdateCodec, check_bits, check_error_feedback
 from fedveil.wire import Dense, Gathered, Message, Section, Sections, UnitIndex
 
 __all__ = ["FedQSN"]
@@ -56,7 +56,12 @@ class FedQSN(Scheme):
         merge: The final model: ``"original"`` keeps the owner's values of never-released units (the
             paper), ``"server"`` leaves them out, as in the model that was trained around them.
         update_bits: Quantize updates on the way up; None sends float32.
-        block: Values per quantization block.
+        error_feedback: Clients keep what that loses and add it to their next update.
+        block: Values per quantization block. Next to 64, 192 saves 2 % of the bytes for a relative
+            error of 9.8 instead of 9.2 % at 4 bits.
+        shrink: Clients train a network that is physically without withheld neurons, heads and
+            channels, where one can be made, rather than with zeros in their place: the same update
+            in less time and memory, but for dropout among them, which draws other numbers.
 
     Does NOT protect: released units. A client holds them at ``bits`` precision, one round behind
     the global model, and what he trains is his. Masks hide a unit from one client, not from all:
@@ -77,12 +82,15 @@ class FedQSN(Scheme):
     aggregation: Aggregation | str = "mean"
     merge: Merge = "original"
     update_bits: int | None = None
-    block: int = 64
+    error_feedback: bool = False
+    block: int = 192
+    shrink: bool = True
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "bits")
         _check_word("average", self.average, AVERAGES)
         _check_word("merge", self.merge, MERGES)
+        check_error_feedback(self.error_feedback, self.update_bits)
         _ = self.masking, self.codec  # check the rest
         object.__setattr__(self, "aggregation", aggregation_of(self.aggregation))
 
@@ -101,6 +109,7 @@ class FedQSN(Scheme):
             unbiased=True,
             average="participants",
             merge="original",
+            block=64,
         )
         return replace(paper, **changes)
 
@@ -128,7 +137,10 @@ class FedQSN(Scheme):
     def client(self) -> ProxyClient:
         """See :meth:`Scheme.client`."""
         find_groups = partial(find_units, choice=self.units)
-        return ProxyClient(self.name, find_groups, self.codec, aggregation_of(self.aggregation))
+        aggregation = aggregation_of(self.aggregation)
+        return ProxyClient(
+            self.name, find_groups, self.codec, aggregation, self.shrink, self.error_feedback
+        )
 
 
 class FedQSNServer:

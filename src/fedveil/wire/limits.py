@@ -25,7 +25,7 @@ class Limits:
     """
 
     max_bytes: int = 16 * 2**30
-    max_header_bytes: int = 16 * 2**20
+    max_header_bytes: int = 4 * 2**20
     max_sections: int = 100_000
     max_elements: int = 2**34
 

@@ -94,12 +94,11 @@ class UnitIndex:
         Raises:
             WireError: a bit after the last unit is set.
         """
-        bits = np.unpackbits(bitmap.numpy(), bitorder="little")
+        bits = np.unpackbits(bitmap.numpy(), bitorder="little").view(bool)
         if bits[size:].any():
             raise WireError("a unit index names units after its last one", expected="zero bits")
-        return UnitIndex(
-            size, torch.from_numpy(np.flatnonzero(bits[:size]).astype(np.int64)), scale
-        )
+        released = np.flatnonzero(bits[:size]).astype(np.int64, copy=False)
+        return UnitIndex(size, torch.from_numpy(released), scale)
 
 
 Section = Dense | QuantizedTensor | UnitIndex | Statistics
