@@ -75,8 +75,7 @@ def in_place(unit_first: Tensor) -> Tensor | None:
     If not, what is handed over should be small, for PyTorch makes several copies of it. To be asked
     once for each tensor: asking is how it is known what there is to do.
     """
-    if unit_first.device.type == "cpu":
-        _Work.done = min(_Work.done + unit_first.numel(), _PAYS_OFF)
+    _count(unit_first)
     compiled, matrix = _compiled(unit_first), as_matrix(unit_first)
     return (
         matrix if compiled is not None and matrix is not None and compiled.suits(matrix) else None
@@ -160,6 +159,7 @@ def add_part(part: Tensor, cuts: Mapping[int, Tensor], out: Tensor, weight: floa
         out: changed in place.
         weight: rounded to the dtype of `out`.
     """
+    _count(out)
     compiled = _compiled(out)
     plain = out.dtype == part.dtype == torch.float32 and out.is_contiguous() and not out.is_neg()
     if compiled is not None and plain and len(cuts) <= 2:
@@ -268,6 +268,12 @@ def _decode(parts: Mapping[str, Tensor], fan_in: int, bits: int, block: int) -> 
     return reference.decode(
         parts["codes"], scales, unit_scales, bits=bits, block=block, fan_in=fan_in
     )
+
+
+def _count(tensor: Tensor) -> None:
+    """Know that there is so much to do."""
+    if tensor.device.type == "cpu":
+        _Work.done = min(_Work.done + tensor.numel(), _PAYS_OFF)
 
 
 def _compiled(tensor: Tensor) -> ModuleType | None:
