@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -436,21 +435,18 @@ def _save_model(config: Config, model: nn.Module) -> Path:
     """The model in its own format, or its tensors; a folder that is there is whole."""
     from fedveil.config.building import tokenizer_name
     from fedveil.config.models import load_tokenizer, quiet_transformers
+    from fedveil.shards import SHARD_BYTES, whole_folder, write_shards
+    from fedveil.state import read_state
 
-    folder, aside = config.out / "model", config.out / "model.unfinished"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    if hasattr(model, "save_pretrained"):
-        with quiet_transformers():
-            model.save_pretrained(aside)  # type: ignore[operator]
-    else:
-        from safetensors.torch import save_model
-
-        save_model(model, str(aside / "model.safetensors"))
-    if config.data.task == "text-classification":
-        load_tokenizer(tokenizer_name(config), config.path.parent).save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    folder = config.out / "model"
+    with whole_folder(folder) as aside:
+        if hasattr(model, "save_pretrained"):
+            with quiet_transformers():
+                model.save_pretrained(aside, max_shard_size=SHARD_BYTES)  # type: ignore[operator]
+        else:
+            write_shards(read_state(model), aside)
+        if config.data.task == "text-classification":
+            load_tokenizer(tokenizer_name(config), config.path.parent).save_pretrained(aside)
     return folder
 
 

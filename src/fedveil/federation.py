@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -20,7 +19,7 @@ from fedveil.engine.workers import Workplace
 from fedveil.errors import ConfigurationError, DataError, FedveilError
 from fedveil.schemes import FedQSN, Scheme
 from fedveil.secret import Secret
-from fedveil.state import load_state, read_state, wipe
+from fedveil.state import architecture_of, copy_of, load_state, read_state, with_state
 from fedveil.training import Dataset, Prepared, Task, Trainer, Training
 
 __all__ = ["Federation", "Result"]
@@ -70,7 +69,7 @@ class Federation:
     worker processes import it.
 
     Args:
-        model: The owner's model. It is copied; the copy never leaves the server.
+        model: The owner's model. It is never changed.
         clients: Data sets by client name (letters, digits, ``.``, ``_``, ``-``), or a sequence,
             whose clients are called ``client-00`` and so on.
         task: What the model is trained for.
@@ -90,6 +89,10 @@ class Federation:
         out: Run folder for ``metrics.jsonl`` and checkpoints; None writes nothing.
         keep_messages: Keep exactly the bytes each client received and returned, under ``out``.
         observer: Hears of every event.
+        copy: Whether to take a copy of the model, which never leaves the server. False reads the
+            model itself, which must then stay as it is: a full copy less in memory, and one that is
+            mapped from its files (``from_pretrained``, :func:`fedveil.shards.load_into`) takes none
+            of its own at all.
 
     Does NOT protect what the scheme does not protect: read the docstring of the scheme. In process,
     clients share a machine with the owner; separation between companies takes an engine that runs
@@ -119,6 +122,7 @@ class Federation:
         out: str | Path | None = None,
         keep_messages: bool = False,
         observer: Observer | None = None,
+        copy: bool = True,
     ) -> None:
         self.scheme = scheme or FedQSN()
         self.training = training or Training()
@@ -133,7 +137,8 @@ class Federation:
         # A secret that nobody keeps cannot be used to resume.
         self._secret_is_kept = secret is not None
         self._secret = secret or Secret.generate()
-        self._model = copy.deepcopy(model)
+        # Never changed: whatever changes is made from it.
+        self._model = copy_of(model) if copy else model
         self._seed, self._workers = seed, workers
         self._clients_per_round, self._releases = clients_per_round, releases
         self._evaluation = evaluation or Evaluation()
@@ -145,6 +150,7 @@ class Federation:
             name: _trainer(name, task, data, self.training) for name, data in named.items()
         }
         self.scheme.server(self._model, self._secret)  # says now what it cannot work with
+        self._is_own, self._fingerprint = copy, _fingerprint(self._model)
 
     def run(self, rounds: int, *, resume: bool = False, overwrite: bool = False) -> Result:
         """Run until round ``rounds`` is finished.
@@ -156,7 +162,8 @@ class Federation:
             overwrite: Remove an earlier run from ``out`` first.
 
         Raises:
-            ConfigurationError: If the rounds need more releases than clients may be sent.
+            ConfigurationError: If the rounds need more releases than clients may be sent, or the
+                model, used without a copy, is not what it was.
             CheckpointError: If ``out`` already holds a run and neither of the two is set, or its
                 checkpoint belongs to another configuration or is damaged.
             FedveilError: If no client gave a usable reply in a round.
@@ -167,13 +174,15 @@ class Federation:
                 "A run can only be resumed with the secret it was begun with",
                 fix="Pass secret=Secret.from_file(...), to both runs.",
             )
-        model = copy.deepcopy(self._model)
-        server = self.scheme.server(model, self._secret)
+        configuration = self.configuration()
+        server = self.scheme.server(self._model, self._secret)
+        # What measures takes memory only if there is something to measure it on.
+        measured = architecture_of(self._model, None if self._test is not None else "meta")
         engine = InProcess(
             server=server,
             place=self._workplace(),
-            model=copy.deepcopy(self._model),
-            configuration=self.configuration(),
+            model=measured,
+            configuration=configuration,
             seed=self._seed,
             clients_per_round=self._clients_per_round,
             releases=self._releases,
@@ -187,13 +196,26 @@ class Federation:
         if overwrite and not resume and self._out is not None:
             clear(self._out)
         records = engine.run(rounds, resume=resume)
-        # The model is still the base: the server works on its own copy.
-        base = engine.measure_model(model) if self._evaluation.base else None
-        load_state(model, server.final())
+        base = None
+        if self._test is not None and self._evaluation.base:
+            load_state(measured, read_state(self._model))
+            base = engine.measure_model(measured)
+        final = server.final()
+        del engine, measured, server  # the result needs room
+        model = with_state(self._model, final)
         return Result(model, records, base, _fp32_bytes(model))
 
     def configuration(self) -> dict[str, Any]:
-        """What decides the result, as plain values; the secret appears as its fingerprint."""
+        """What decides the result, as plain values; the secret appears as its fingerprint.
+
+        Raises:
+            ConfigurationError: If the model, used without a copy, is not what it was.
+        """
+        if not self._is_own and _fingerprint(self._model) != self._fingerprint:
+            raise ConfigurationError(
+                "The model has changed since the federation was made with it",
+                fix="Make a new Federation, or let it keep a copy with copy=True.",
+            )
         return {
             "scheme": {"name": self.scheme.name, **asdict(self.scheme)},  # type: ignore[call-overload]
             "training": asdict(self.training),
@@ -202,12 +224,11 @@ class Federation:
             "releases": self._releases,
             "seed": self._seed,
             "secret": self._secret.fingerprint(),
-            "model": _fingerprint(self._model),
+            "model": self._fingerprint,
         }
 
     def _workplace(self) -> Workplace:
-        architecture = copy.deepcopy(self._model)
-        wipe(architecture)
+        architecture = architecture_of(self._model)
         return Workplace(architecture, self.scheme.client(), self._task, self._trainers, self._test)
 
 
@@ -266,7 +287,7 @@ def _fingerprint(model: nn.Module) -> str:
     for name, tensor in read_state(model).items():
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
         raw = tensor.detach().cpu().contiguous().flatten()
-        digest.update(raw.view(torch.uint8).numpy().tobytes())
+        digest.update(raw.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
 
-__all__ = ["StateDict", "check_trainable", "load_state", "read_state", "wipe", "working_copy"]
+__all__ = [
+    "StateDict",
+    "architecture_of",
+    "check_trainable",
+    "copy_of",
+    "load_state",
+    "read_state",
+    "tie_key",
+    "wipe",
+    "with_state",
+    "working_copy",
+]
 
 StateDict = dict[str, Tensor]
 
@@ -19,11 +32,11 @@ def read_state(model: nn.Module) -> StateDict:
 
     The tensors are the model's own (no copy); whoever keeps them copies them.
     """
-    seen: set[tuple[int, int, torch.Size, tuple[int, ...]]] = set()
+    seen: set[object] = set()
     state: StateDict = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         # Tied parameters are one tensor under two names; empty tensors all share address 0.
-        key = (tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        key = tie_key(tensor)
         if tensor.numel() and key in seen:
             continue
         seen.add(key)
@@ -31,13 +44,24 @@ def read_state(model: nn.Module) -> StateDict:
     return state
 
 
+def tie_key(tensor: Tensor) -> object:
+    """Equal for tensors that are one: same memory, seen in the same way."""
+    if tensor.is_meta:
+        return id(tensor)  # no address; the same tensor object under two names is tied
+    return (tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def working_copy(state: Mapping[str, Tensor]) -> StateDict:
     """The server's copy: contiguous, floating-point tensors in float32 (or float64).
 
     Adding small updates to half-precision weights would lose them.
     """
-    layout = torch.contiguous_format
-    return {name: _widen(t).clone(memory_format=layout) for name, t in state.items()}
+    return {
+        name: tensor.detach().to(
+            _working_dtype(tensor.dtype), copy=True, memory_format=torch.contiguous_format
+        )
+        for name, tensor in state.items()
+    }
 
 
 @torch.no_grad()
@@ -55,6 +79,65 @@ def wipe(model: nn.Module) -> None:
         tensor.zero_()
 
 
+def architecture_of(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """A model of the same architecture whose parameters and persistent buffers are zero.
+
+    The model's weights are never copied on the way. Ties stay ties; buffers that are not saved,
+    and everything else about the model, are copied.
+
+    Args:
+        model: Perhaps on the meta device itself: its tensors have no data then.
+        device: Where the zeros are: the meta device for a model that takes no memory; each tensor's
+            own by default.
+    """
+    return _rebuilt(model, lambda _, t: torch.zeros_like(t, device=device or t.device))
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares no memory with it. Ties stay ties, whichever way they are."""
+    return _rebuilt(model, lambda _, tensor: tensor.clone())
+
+
+def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A model of the same architecture around other tensors, named as :func:`read_state` does.
+
+    It takes over every tensor that has the device, dtype and layout of the model's own, so that
+    only the others are copied: whoever hands ``state`` in gives it away.
+    """
+
+    def take(name: str, own: Tensor) -> Tensor:
+        given = state[name].detach()
+        if given.stride() == own.stride() and given.shape == own.shape:
+            return given.to(own.device, own.dtype)
+        return torch.empty_like(own).copy_(given)
+
+    return _rebuilt(model, take)
+
+
+@torch.no_grad()
+def _rebuilt(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """A copy of a model with ``make(name, tensor)`` in the place of each tensor of its state."""
+    own = model.state_dict(keep_vars=True)
+    made: dict[object, Tensor] = {}
+    memo: dict[int, Tensor] = {}
+    for name, tensor in own.items():
+        key = tie_key(tensor) if tensor.numel() else name
+        if key not in made:
+            made[key] = _as(tensor, make(name, tensor.detach()))
+        # Two parameters of one memory stay two, but on the meta device only one can tell of it.
+        memo.setdefault(
+            id(tensor), made[key] if made[key].is_meta else _as(tensor, made[key].detach())
+        )
+    # What deepcopy finds in its memo it does not copy, wherever in the model it stands.
+    return copy.deepcopy(model, memo)
+
+
+def _as(like: Tensor, tensor: Tensor) -> Tensor:
+    """A parameter, if the other one is."""
+    parameter = isinstance(like, nn.Parameter)
+    return nn.Parameter(tensor, like.requires_grad) if parameter else tensor
+
+
 def check_trainable(state: Mapping[str, Tensor]) -> None:
     """Refuse a model that cannot be fine-tuned as it is.
 
@@ -69,12 +152,16 @@ def check_trainable(state: Mapping[str, Tensor]) -> None:
             raise ConfigurationError(
                 "A tensor has no data", where=name, fix="Load the model off the meta device."
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise ConfigurationError(
                 "A weight is NaN or infinite", where=name, fix="Start from an intact model."
             )
 
 
-def _widen(tensor: Tensor) -> Tensor:
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    return tensor.detach().float() if half else tensor.detach()
+def _is_finite(tensor: Tensor) -> bool:
+    # Both extremes are NaN if anything is; a mask of the finite ones would be a copy of its own.
+    return not tensor.numel() or all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

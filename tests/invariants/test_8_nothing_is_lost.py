@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import hashlib
+import itertools
 import json
 import os
 import resource
@@ -13,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fedveil import (
     CheckpointError,
@@ -26,8 +29,9 @@ from fedveil import (
     RegMean,
     Secret,
     TrainingError,
+    shards,
 )  # fmt: skip
-from fedveil.engine import checkpoint as checkpoints
+from fedveil.engine.checkpoint import CheckpointFolder
 from fedveil.engine.workers import Answer, InTurn, Job, Pool
 from fedveil.schemes.fedqsn import FedQSNServer
 from process import CLIENTS, SCHEME, standard
@@ -180,6 +184,29 @@ class PowerCutError(BaseException):
     """Nobody catches it."""
 
 
+def cut_at(moment, names, patch):
+    """Power is gone at one of the calls of these functions of the room that writes."""
+    calls = itertools.count(1)
+
+    def before(function):
+        def call(*arguments, **options):
+            if next(calls) == moment:
+                raise PowerCutError
+            return function(*arguments, **options)
+
+        return call
+
+    for name in names:
+        patch.setattr(shards, name, before(getattr(shards, name)))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Checkpoints of four shards and more."""
+    make = CheckpointFolder.__init__
+    monkeypatch.setattr(CheckpointFolder, "__init__", lambda self, f: make(self, f, 6200))
+
+
 def running():
     """Process -> its parent; the dead that nobody has buried are left out."""
     parents = {}
@@ -235,12 +262,12 @@ class TestAKilledRun:
     ):
         standard(tmp_path, keep_messages=True).run(1)
 
-        def half(tensors, path):
+        def half(tensors, path, metadata):
             path.write_bytes(b"half of a model")
             raise PowerCutError
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "save_file", half)
+            patch.setattr(shards, "save_file", half)
             with pytest.raises(PowerCutError):
                 standard(tmp_path, keep_messages=True).run(3, resume=True)
         check_resumed(tmp_path, uninterrupted)
@@ -249,20 +276,24 @@ class TestAKilledRun:
     def test_at_any_moment_of_saving_goes_on_to_the_same_result(
         self, moment, tmp_path, uninterrupted, monkeypatch
     ):
-        sync, count = checkpoints._sync, 0
-
-        def cut(path):
-            nonlocal count
-            count += 1
-            if count == moment:
-                raise PowerCutError
-            sync(path)
-
-        monkeypatch.setattr(checkpoints, "_sync", cut)
-        with pytest.raises(PowerCutError):
-            standard(tmp_path, keep_messages=True).run(3)
-        monkeypatch.setattr(checkpoints, "_sync", sync)
+        with monkeypatch.context() as patch:
+            cut_at(moment, ["sync"], patch)
+            with pytest.raises(PowerCutError):
+                standard(tmp_path, keep_messages=True).run(3)
         check_resumed(tmp_path, uninterrupted)
+
+    @pytest.mark.parametrize("moment", range(1, 25, 3))
+    def test_at_any_moment_of_saving_shards_goes_on_to_the_same_result(
+        self, moment, tmp_path, uninterrupted, monkeypatch, small_shards
+    ):
+        standard(tmp_path, keep_messages=True).run(1)
+        with monkeypatch.context() as patch:
+            cut_at(moment, ["save_file", "sync"], patch)
+            with pytest.raises(PowerCutError):
+                standard(tmp_path, keep_messages=True).run(3, resume=True)
+        check_resumed(tmp_path, uninterrupted)
+        names = os.listdir(tmp_path / "checkpoints" / "round-000003")
+        assert sum(name.startswith("model-0000") for name in names) == 4
 
     def test_may_go_on_with_other_workers(self, tmp_path, uninterrupted):
         standard(tmp_path, keep_messages=True, workers=2).run(1)
@@ -318,18 +349,18 @@ class TestAKilledRun:
 class TestAFullDisk:
     def test_leaves_the_round_before(self, tmp_path, uninterrupted, monkeypatch):
         standard(tmp_path, keep_messages=True).run(1)
-        before, save = files(tmp_path / "checkpoints"), checkpoints.save_file
+        before, save = files(tmp_path / "checkpoints"), shards.save_file
 
-        def half(tensors, path):
-            save(tensors, path)
+        def half(tensors, path, metadata):
+            save(tensors, path, metadata=metadata)
             path.write_bytes(path.read_bytes()[:1000])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(checkpoints, "save_file", half)
+        monkeypatch.setattr(shards, "save_file", half)
         with pytest.raises(CheckpointError, match=r"Round 2 could not be saved.*Round 1 is kept"):
             standard(tmp_path, keep_messages=True).run(3, resume=True)
         assert files(tmp_path / "checkpoints") == before
-        monkeypatch.setattr(checkpoints, "save_file", save)
+        monkeypatch.setattr(shards, "save_file", save)
         check_resumed(tmp_path, uninterrupted)
 
     def test_is_told_from_a_limit_of_the_system(self, tmp_path, uninterrupted):
@@ -400,6 +431,39 @@ class TestACheckpoint:
         with pytest.raises(CheckpointError, match="damaged"):
             standard(tmp_path).run(2, resume=True)
 
+    @pytest.mark.parametrize("name", ["00001", "00003", "index"])
+    @pytest.mark.parametrize("how", ["flip", "cut", "missing", "swapped"])
+    def test_of_shards_that_was_altered_is_refused(self, tmp_path, name, how, small_shards):
+        standard(tmp_path).run(1)
+        (path,) = (tmp_path / "checkpoints" / "round-000001").glob(f"model*{name}*")
+        data = bytearray(path.read_bytes())
+        if how == "missing":
+            path.unlink()
+        elif how == "swapped":
+            other = path.with_name("model-00002-of-00004.safetensors")
+            path.write_bytes(other.read_bytes())
+            other.write_bytes(data)
+        else:
+            data[len(data) * 2 // 3] ^= 1
+            path.write_bytes(data if how == "flip" else data[:-9])
+        with pytest.raises(CheckpointError, match="damaged"):
+            standard(tmp_path).run(2, resume=True)
+
+    def test_of_the_version_before_is_resumed(self, tmp_path, uninterrupted):
+        standard(tmp_path, keep_messages=True).run(1)
+        folder = tmp_path / "checkpoints" / "round-000001"
+        values = json.loads((folder / "state.json").read_text())
+        del values["digest"]
+        values["format"] = 1
+        # As fedveil 0.1 has written it: the tensors without metadata, then the sum of both.
+        save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
+        whole = hashlib.sha256((folder / "model.safetensors").read_bytes())
+        whole.update(json.dumps(values, sort_keys=True).encode())
+        values["digest"] = whole.hexdigest()
+        (folder / "state.json").write_text(json.dumps(values, indent=1))
+        (tmp_path / "checkpoints" / "unfinished-000002").mkdir()
+        check_resumed(tmp_path, uninterrupted)
+
     @pytest.mark.parametrize("key", ["scheme", "records", "configuration"])
     def test_whose_numbers_were_altered_is_refused(self, tmp_path, key):
         standard(tmp_path).run(1)
@@ -413,7 +477,7 @@ class TestACheckpoint:
     def test_of_another_version_is_refused(self, tmp_path):
         standard(tmp_path).run(1)
         path = tmp_path / "checkpoints" / "round-000001" / "state.json"
-        path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+        path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
         with pytest.raises(CheckpointError, match="another version"):
             standard(tmp_path).run(2, resume=True)
 

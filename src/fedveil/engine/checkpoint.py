@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from fedveil.engine.records import RoundRecord
-from fedveil.errors import CheckpointError
+from fedveil.errors import CheckpointError, FedveilError
 from fedveil.schemes import ServerState
+from fedveil.shards import SHARD_BYTES, model_files, open_shards, whole_folder, write_shards
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = ["Checkpoint", "CheckpointFolder"]
 
-FORMAT = 1
-TENSORS, VALUES = "model.safetensors", "state.json"
+FORMAT = 2
+# Of the first format there was one model file only, written and summed up in the same way.
+READABLE = (1, FORMAT)
+VALUES = "state.json"
 _NAME = re.compile(r"round-(\d{6})")
+# Of earlier rounds, and of tries that a crash has cut short, by earlier versions too.
+_OURS = re.compile(r"(round|unfinished|(unfinished|replaced)-round)-\d{6}")
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,15 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. Only the newest is kept, and the one before until it is safe."""
+    """The checkpoints of one run. Only the newest is kept, and the one before until it is safe.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        folder: Made when the first is saved.
+        shard_bytes: Most bytes of a file of tensors, unless one tensor has more.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder, self._shard_bytes = folder, shard_bytes
 
     def newest(self) -> Path | None:
         """The newest finished checkpoint, or None."""
@@ -56,16 +67,11 @@ class CheckpointFolder:
         """
         number = len(checkpoint.records)
         target = self._folder / f"round-{number:06d}"
-        aside = self._folder / f"unfinished-{number:06d}"
         before = self.newest()
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            _write(aside, checkpoint)
-            aside.rename(target)
-            _sync(self._folder)
+            with whole_folder(target) as aside:
+                self._write(aside, checkpoint)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
             kept = f"Round {int(before.name[6:])} is kept" if before else "Nothing was lost on disk"
             raise CheckpointError(
                 f"Round {number} could not be saved",
@@ -73,9 +79,20 @@ class CheckpointFolder:
                 where=str(self._folder),
                 fix=f"{kept}: free some space and run again with resume.",
             ) from error
-        for older in self._finished():
-            if older != target:
+        for older in self._folder.iterdir():
+            if older != target and _OURS.fullmatch(older.name):
                 shutil.rmtree(older, ignore_errors=True)
+
+    def _write(self, folder: Path, checkpoint: Checkpoint) -> None:
+        write_shards(checkpoint.state.tensors, folder, shard_bytes=self._shard_bytes)
+        values = {
+            "format": FORMAT,
+            "scheme": checkpoint.state.values,
+            "configuration": checkpoint.configuration,
+            "records": [record.to_json() for record in checkpoint.records],
+        }
+        values["digest"] = _digest(folder, values)
+        (folder / VALUES).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
     def _finished(self) -> list[Path]:
         if not self._folder.is_dir():
@@ -83,7 +100,7 @@ class CheckpointFolder:
         return sorted(path for path in self._folder.iterdir() if _NAME.fullmatch(path.name))
 
     def load(self, configuration: Mapping[str, Any]) -> Checkpoint | None:
-        """The newest checkpoint, or None if there is none.
+        """The newest checkpoint, or None if there is none; its tensors are maps of its files.
 
         Raises:
             CheckpointError: If it is damaged, or belongs to another configuration.
@@ -93,53 +110,39 @@ class CheckpointFolder:
             return None
         try:
             values = json.loads((path / VALUES).read_text(encoding="utf-8"))
-            if values["format"] != FORMAT:
-                raise CheckpointError(
-                    "The checkpoint is of another version of fedveil",
-                    expected=f"format {FORMAT}",
-                    found=str(values["format"]),
-                    where=str(path),
-                )
-            if _digest(path / TENSORS, values) != values["digest"]:
+            if values["format"] not in READABLE:
+                raise _other_version(path, values["format"])
+            if _digest(path, values) != values["digest"]:
                 raise _damaged(path, "its content is not what was written")
-            tensors = load_file(path / TENSORS)
+            tensors = open_shards(path)
             records = [RoundRecord.from_json(record) for record in values["records"]]
             found, scheme = values["configuration"], values["scheme"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, FedveilError) as error:
             raise _damaged(path, f"{type(error).__name__}: {error}") from error
         _check_same(found, json.loads(json.dumps(configuration)), path)
         return Checkpoint(ServerState(tensors, scheme), records, found)
 
 
-def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    save_file(checkpoint.state.tensors, folder / TENSORS)
-    values = {
-        "format": FORMAT,
-        "scheme": checkpoint.state.values,
-        "configuration": checkpoint.configuration,
-        "records": [record.to_json() for record in checkpoint.records],
-    }
-    values["digest"] = _digest(folder / TENSORS, values)
-    (folder / VALUES).write_text(json.dumps(values, indent=1), encoding="utf-8")
-    for path in (folder / TENSORS, folder / VALUES, folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(tensors: Path, values: Mapping[str, Any]) -> str:
+def _digest(folder: Path, values: Mapping[str, Any]) -> str:
     """A checksum over the weights and everything else; against accidents, not against forgers."""
     rest = {key: value for key, value in values.items() if key != "digest"}
-    with tensors.open("rb") as file:
-        whole = hashlib.file_digest(file, "sha256")
+    whole = hashlib.sha256()
+    for path in model_files(folder):
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: whole)  # goes on with the same sum
     whole.update(json.dumps(rest, sort_keys=True).encode())
     return whole.hexdigest()
+
+
+def _other_version(path: Path, found: object) -> CheckpointError:
+    return CheckpointError(
+        "The checkpoint is of another version of fedveil",
+        expected=f"format {' or '.join(map(str, READABLE))}",
+        found=str(found),
+        where=str(path),
+    )
 
 
 def _damaged(path: Path, found: str) -> CheckpointError:

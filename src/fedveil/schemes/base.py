@@ -61,7 +61,7 @@ class ServerState:
     ``tensors`` hold the global model: whoever reads them owns it.
     """
 
-    tensors: StateDict
+    tensors: Mapping[str, Tensor]
     values: dict[str, Any] = field(default_factory=dict)
 
 

@@ -50,16 +50,25 @@ class GlobalModel:
         return {name: t.to(self.dtypes[name], copy=True) for name, t in tensors.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of a checkpoint.
+        """Take over the tensors of a checkpoint, one at a time: they may be read as they are used.
 
         Raises:
-            CheckpointError: If they are not those of this model.
+            CheckpointError: If they are not those of this model; then nothing has changed.
         """
-        found = {name: tensor.shape for name, tensor in tensors.items()}
-        if found != self.shapes:
-            odd = sorted(set(found.items()) ^ set(self.shapes.items()))[0][0]
+        found = {name: _kind(tensor) for name, tensor in tensors.items()}
+        wanted = {name: _kind(tensor) for name, tensor in self.tensors.items()}
+        if found != wanted:
+            odd = sorted(dict(set(found.items()) ^ set(wanted.items())))[0]
             raise CheckpointError(
-                "The checkpoint is of another model", where=odd, fix="Resume with the same model."
+                "The checkpoint is of another model",
+                expected=wanted.get(odd, "no such tensor"),
+                found=found.get(odd, "no such tensor"),
+                where=odd,
+                fix="Resume with the same model.",
             )
         for name, tensor in tensors.items():
-            self.tensors[name] = tensor.clone()
+            self.tensors[name].copy_(tensor)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
