@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -17,9 +17,6 @@ from fedveil.engine.records import RoundRecord
 from fedveil.errors import CheckpointError, FedveilError
 from fedveil.schemes import ServerState
 from fedveil.shards import SHARD_BYTES, model_files, open_shards, whole_folder, write_shards
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Checkpoint", "CheckpointFolder"]
 
