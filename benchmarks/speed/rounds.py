@@ -1,0 +1,138 @@
+"""What a round costs beyond training: many clients with one step on one example each.
+
+A convolutional net of 1.63 million parameters, images of CIFAR's shape: the setting in which
+pfl-research compares simulators, with so little training that the rest shows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+import fedveil
+from fedveil.engine import RoundRecord
+from fedveil.schemes import FedAvg, FedQSN, Scheme
+from speed import budgets
+from speed.children import ChildError, require, rows_of_child
+from speed.plan import Plan, Tell
+from speed.rows import Row, measured, skipped
+from speed.server import SECRET
+from speed.timing import Pairs, clock
+
+__all__ = ["BARE", "BareLoop", "case_of", "examples", "net", "round_rows", "rows_of_simulator"]
+
+BARE: Final = "bare loop: load_state_dict, step, accumulate"
+RATE: Final = 0.1
+SCHEMES: Final[dict[str, Scheme]] = {
+    "FedAvg": FedAvg(),
+    "FedQSN, 4 bit, (.1, .3)": FedQSN(server_mask=0.1, client_mask=0.3, bits=4),
+}
+SIMULATORS: Final = {
+    "pfl-research": ("pfl", "pfl"),
+    "Flower, one worker": ("flower", "flwr", "ray"),
+}
+"""By title: what `speed.simulators` calls it, and the packages that it needs."""
+
+
+def round_rows(plan: Plan, tell: Tell) -> Iterator[Row]:
+    """Rounds through `fedveil.Federation`, each beside a round of a bare loop; then simulators."""
+    for title, scheme in SCHEMES.items():
+        tell(f"rounds of {title}")
+        case = {**case_of(plan), "scheme": title}
+        yield measured("rounds/fedveil", case, _rounds(scheme, plan), BARE, budget=budgets.ROUND)
+    for who in SIMULATORS:
+        tell(f"rounds of {who}")
+        yield from rows_of_simulator(who, plan)
+
+
+def rows_of_simulator(who: str, plan: Plan) -> list[Row]:
+    """A simulator's row; if it is not installed or fails, one that says so."""
+    argument, *packages = SIMULATORS[who]
+    try:
+        require(*packages)
+        return rows_of_child("speed.simulators", [argument, who], plan)
+    except ChildError as error:
+        case = {**case_of(plan), "scheme": "FedAvg"}
+        return [skipped("rounds/simulator", case, str(error), who=who, floor=BARE)]
+
+
+def case_of(plan: Plan) -> dict[str, str | int]:
+    """What every row of rounds is about."""
+    return {"model": "CNN, 1.63 M", "clients": plan.cohort}
+
+
+def net() -> nn.Sequential:
+    """The net: 1,626,442 parameters, images [3, 32, 32], ten classes."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Dropout(0.25), nn.Flatten(),
+        nn.Linear(64 * 14 * 14, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def examples(count: int) -> list[tuple[Tensor, int]]:
+    """One image and its class for each client."""
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(3, 32, 32, generator=generator), n % 10) for n in range(count)]
+
+
+class BareLoop:
+    """The floor: what has to be done, and nothing else."""
+
+    def __init__(self, clients: int) -> None:
+        self._model = net().train()
+        self._state = copy.deepcopy(self._model.state_dict())
+        self._data = [(image[None], torch.tensor([label])) for image, label in examples(clients)]
+
+    def __call__(self) -> None:
+        """One round of federated averaging."""
+        sums = {name: torch.zeros_like(tensor) for name, tensor in self._state.items()}
+        for images, labels in self._data:
+            self._model.load_state_dict(self._state)
+            optimizer = torch.optim.SGD(self._model.parameters(), lr=RATE)
+            nn.functional.cross_entropy(self._model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for name, tensor in self._model.state_dict().items():
+                    sums[name] += tensor - self._state[name]
+        for name, tensor in self._state.items():
+            tensor += sums[name] / len(self._data)
+
+
+class _Beside(fedveil.Observer):
+    """After every round of a federation, one of the bare loop; the first round warms up."""
+
+    def __init__(self, bare: BareLoop) -> None:
+        self._bare, self.pairs = bare, Pairs()
+
+    def round_finished(self, record: RoundRecord) -> None:
+        """See `fedveil.Observer`."""
+        seconds = clock(self._bare)
+        if record.round > 1:
+            self.pairs.operation.append(record.seconds)
+            self.pairs.floor.append(seconds)
+
+
+def _rounds(scheme: Scheme, plan: Plan) -> Pairs:
+    data = examples(plan.cohort)
+    beside = _Beside(BareLoop(plan.cohort))
+    federation = fedveil.Federation(
+        net(),
+        {f"client-{n}": [{"image": i, "label": c}] for n, (i, c) in enumerate(data)},
+        task=fedveil.ImageClassification(num_labels=10),
+        scheme=scheme,
+        training=fedveil.Training(
+            steps=1, batch_size=1, learning_rate=RATE, optimizer="sgd", weight_decay=0.0,
+            schedule="constant", max_grad_norm=None,
+        ),
+        secret=SECRET,
+        observer=beside,
+    )  # fmt: skip
+    federation.run(plan.repeats(7) + 1)
+    return beside.pairs
