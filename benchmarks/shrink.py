@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -130,23 +130,32 @@ class Case:
         return architecture_of(model), message, Timed(run)
 
 
-def times(case: Case, repeats: int) -> dict[bool, dict[str, float]]:
-    """Median CPU seconds of a step and of the rest of a round, with and without `shrink`."""
+class Taken(NamedTuple):
+    """CPU seconds of a step, and of the rest of a client's round."""
+
+    step: float
+    rest: float
+
+
+def pairs_of(case: Case, repeats: int) -> dict[bool, list[Taken]]:
+    """With and without `shrink`, in turn."""
     model, message, trainer = case.scene()
-    taken: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    taken: dict[bool, list[Taken]] = {True: [], False: []}
     for repeat in range(repeats + 1):
         for shrink in (True, False):
             started = time.process_time()
             case.scheme(shrink).client().fit(message, model, trainer)
             whole, step = time.process_time() - started, trainer.seconds.pop()
             if repeat:  # the first one finds caches cold
-                taken[shrink].append((step, whole - step * case.steps))
+                taken[shrink].append(Taken(step, whole - step * case.steps))
+    return taken
+
+
+def medians_of(case: Case, repeats: int) -> dict[bool, Taken]:
+    """The medians of `pairs_of`."""
     return {
-        shrink: {
-            "step": statistics.median(step for step, _ in pairs),
-            "rest": statistics.median(rest for _, rest in pairs),
-        }
-        for shrink, pairs in taken.items()
+        shrink: Taken(*map(statistics.median, zip(*taken, strict=True)))
+        for shrink, taken in pairs_of(case, repeats).items()
     }
 
 
@@ -202,12 +211,12 @@ def run(cases: list[Case], repeats: int, console: Console) -> None:
     columns = ("step, ms", "zeros, ms", "step ratio", "floor", "rest, ms", "zeros, ms", "memory")
     table = Table("model", "units", "withheld", *columns)
     for case in cases:
-        taken, peak = times(case, repeats), peaks(case)
+        taken, peak = medians_of(case, repeats), peaks(case)
         small, full = taken[True], taken[False]
         cells = (
-            f"{1e3 * small['step']:.0f}", f"{1e3 * full['step']:.0f}",
-            f"{small['step'] / full['step']:.2f}", f"{floor_of(case):.2f}",
-            f"{1e3 * small['rest']:.0f}", f"{1e3 * full['rest']:.0f}",
+            f"{1e3 * small.step:.0f}", f"{1e3 * full.step:.0f}",
+            f"{small.step / full.step:.2f}", f"{floor_of(case):.2f}",
+            f"{1e3 * small.rest:.0f}", f"{1e3 * full.rest:.0f}",
             f"{peak[True] / peak[False]:.2f}",
         )  # fmt: skip
         table.add_row(case.model, case.units, f"{case.share:.0%}", *cells)

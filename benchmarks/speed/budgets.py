@@ -20,12 +20,14 @@ __all__ = [
     "PROXY",
     "QUANTIZE",
     "ROUND",
+    "STEP",
     "Headline",
 ]
 
-QUANTIZE: Final = 3.0
-"""Quantizing and packing at 4 bits, over a preallocated copy of the same values in fp32."""
-DEQUANTIZE: Final = 2.0
+QUANTIZE: Final = {"[out, in]": 3.0, "[in, out]": 4.5}
+"""Quantizing and packing at 4 bits, over a preallocated copy of the same values in fp32, by
+storage: units that lie along rows, or across them."""
+DEQUANTIZE: Final = 1.8
 """Decoding into a preallocated tensor, over the same copy."""
 PROXY: Final = 1.5
 """One client's message from packed units, over a memcpy of its bytes."""
@@ -33,8 +35,10 @@ BYTES: Final = 12.9
 """An unmasked 4-bit message, in per cent of fp32; a masked one times the released share."""
 EXTRA_MEMORY: Final = 1.0
 """Peak extra memory on the server, over packed model + largest tensor + one proxy."""
-ROUND: Final = 1.15
-"""A round of the in-process engine, over a bare training loop."""
+ROUND: Final = {"FedAvg": 1.15, "FedQSN": 1.5}
+"""A round of the in-process engine, over a bare training loop, by scheme."""
+STEP: Final = 0.75
+"""A client's step without 40 % of the neurons, over one with zeros in their place."""
 FLAT: Final = 1.25
 """Server time per client with the most clients, over that with the fewest."""
 
@@ -69,12 +73,16 @@ class Headline:
 
 
 HEADLINES: Final = (
-    Headline(
-        "quantize and pack, 4 bit / fp32 copy",
-        "quantize/model",
-        {"bits": 4},
-        "peers/layers",
-        {"what": "quantize"},
+    *(
+        Headline(
+            f"quantize and pack, 4 bit, {storage} from {dtype} / fp32 copy",
+            "quantize/model",
+            {"bits": 4, "storage": storage, "dtype": dtype},
+            "peers/layers" if (storage, dtype) == ("[out, in]", "float32") else "",
+            {"what": "quantize"},
+        )
+        for dtype in ("float32", "bfloat16")
+        for storage in QUANTIZE
     ),
     Headline(
         "decode into a tensor, 4 bit / fp32 copy",
@@ -88,7 +96,18 @@ HEADLINES: Final = (
         "4-bit bytes, unmasked / fp32", "bytes/unmasked", {}, "peers/layers", {"what": "bytes"}
     ),
     Headline("4-bit bytes, masked / fp32", "bytes/masked"),
-    Headline("round in process / bare loop", "rounds/fedveil", {}, "rounds/simulator"),
+    Headline(
+        "FedAvg round in process, one step each / bare loop",
+        "rounds/fedveil",
+        {"scheme": "FedAvg"},
+        "rounds/simulator",
+    ),
+    Headline(
+        "FedQSN round in process, one step each / bare loop",
+        "rounds/fedveil",
+        {"scheme": "FedQSN, 4 bit, (.1, .3)"},
+    ),
+    Headline("client's step without 40 % of the neurons / with zeros", "shrink/step"),
     Headline("extra memory of the server / packed + tensor + proxy", "memory/step"),
     Headline("server time per client, most clients / few", "clients/flat"),
 )

@@ -42,7 +42,7 @@ def quantize_rows(plan: Plan, tell: Tell) -> Iterator[Row]:
                     _add(found, (storage, dtype, bits), pairs)
         for (storage, dtype, bits), pairs in found.items():
             case: Case = {"model": title, "storage": storage, "dtype": dtype, "bits": bits}
-            limit = budgets.QUANTIZE if bits == 4 else None
+            limit = budgets.QUANTIZE[storage] if bits == 4 else None
             yield measured("quantize/model", case, pairs, COPY, budget=limit)
 
 

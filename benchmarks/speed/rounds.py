@@ -1,13 +1,15 @@
-"""What a round costs beyond training: many clients with one step on one example each.
+"""What a round costs beyond training.
 
-A convolutional net of 1.63 million parameters, images of CIFAR's shape: the setting in which
-pfl-research compares simulators, with so little training that the rest shows.
+A convolutional net of 1.63 million parameters and images of CIFAR's shape: the setting in which
+pfl-research compares simulators. Many clients take one step on one example, so little training that
+the rest shows; some clients train for an epoch of fifty examples, the least that anyone would do.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -23,7 +25,16 @@ from speed.rows import Row, measured, skipped
 from speed.server import SECRET
 from speed.timing import Pairs, clock
 
-__all__ = ["BARE", "BareLoop", "case_of", "examples", "net", "round_rows", "rows_of_simulator"]
+__all__ = [
+    "BARE",
+    "BareLoop",
+    "Local",
+    "case_of",
+    "examples",
+    "net",
+    "round_rows",
+    "rows_of_simulator",
+]
 
 BARE: Final = "bare loop: load_state_dict, step, accumulate"
 RATE: Final = 0.1
@@ -31,6 +42,7 @@ SCHEMES: Final[dict[str, Scheme]] = {
     "FedAvg": FedAvg(),
     "FedQSN, 4 bit, (.1, .3)": FedQSN(server_mask=0.1, client_mask=0.3, bits=4),
 }
+TINY, EPOCH = "one step on one example", "five steps on ten examples"
 SIMULATORS: Final = {
     "pfl-research": ("pfl", "pfl"),
     "Flower, one worker": ("flower", "flwr", "ray"),
@@ -42,8 +54,12 @@ def round_rows(plan: Plan, tell: Tell) -> Iterator[Row]:
     """Rounds through `fedveil.Federation`, each beside a round of a bare loop; then simulators."""
     for title, scheme in SCHEMES.items():
         tell(f"rounds of {title}")
-        case = {**case_of(plan), "scheme": title}
-        yield measured("rounds/fedveil", case, _rounds(scheme, plan), BARE, budget=budgets.ROUND)
+        case, limit = {**case_of(plan), "scheme": title}, budgets.ROUND[title.partition(",")[0]]
+        pairs = _rounds(scheme, Local(plan.cohort), plan)
+        yield measured("rounds/fedveil", case, pairs, BARE, budget=limit)
+        epoch = Local(max(1, plan.cohort // 10), steps=5, batch=10)
+        case = {**case, "training": EPOCH, "clients": epoch.clients}
+        yield measured("rounds/epoch", case, _rounds(scheme, epoch, plan), BARE)
     for who in SIMULATORS:
         tell(f"rounds of {who}")
         yield from rows_of_simulator(who, plan)
@@ -62,7 +78,7 @@ def rows_of_simulator(who: str, plan: Plan) -> list[Row]:
 
 def case_of(plan: Plan) -> dict[str, str | int]:
     """What every row of rounds is about."""
-    return {"model": "CNN, 1.63 M", "clients": plan.cohort}
+    return {"model": "CNN, 1.63 M", "training": TINY, "clients": plan.cohort}
 
 
 def net() -> nn.Sequential:
@@ -75,8 +91,22 @@ def net() -> nn.Sequential:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Local:
+    """How many clients there are, and what each does in a round."""
+
+    clients: int
+    steps: int = 1
+    batch: int = 1
+
+    @property
+    def examples(self) -> int:
+        """Of each client: an epoch of them."""
+        return self.steps * self.batch
+
+
 def examples(count: int) -> list[tuple[Tensor, int]]:
-    """One image and its class for each client."""
+    """So many images, and the class of each."""
     generator = torch.Generator().manual_seed(0)
     return [(torch.randn(3, 32, 32, generator=generator), n % 10) for n in range(count)]
 
@@ -84,25 +114,34 @@ def examples(count: int) -> list[tuple[Tensor, int]]:
 class BareLoop:
     """The floor: what has to be done, and nothing else."""
 
-    def __init__(self, clients: int) -> None:
+    def __init__(self, local: Local) -> None:
         self._model = net().train()
         self._state = copy.deepcopy(self._model.state_dict())
-        self._data = [(image[None], torch.tensor([label])) for image, label in examples(clients)]
+        images, labels = zip(*examples(local.clients * local.examples), strict=True)
+        self._batches = list(
+            zip(
+                torch.stack(images).split(local.batch),
+                torch.tensor(labels).split(local.batch),
+                strict=True,
+            )
+        )
+        self._local = local
 
     def __call__(self) -> None:
         """One round of federated averaging."""
         sums = {name: torch.zeros_like(tensor) for name, tensor in self._state.items()}
-        for images, labels in self._data:
+        for first in range(0, len(self._batches), self._local.steps):
             self._model.load_state_dict(self._state)
             optimizer = torch.optim.SGD(self._model.parameters(), lr=RATE)
-            nn.functional.cross_entropy(self._model(images), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            for images, labels in self._batches[first : first + self._local.steps]:
+                nn.functional.cross_entropy(self._model(images), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
             with torch.no_grad():
                 for name, tensor in self._model.state_dict().items():
                     sums[name] += tensor - self._state[name]
         for name, tensor in self._state.items():
-            tensor += sums[name] / len(self._data)
+            tensor += sums[name] / self._local.clients
 
 
 class _Beside(fedveil.Observer):
@@ -119,17 +158,18 @@ class _Beside(fedveil.Observer):
             self.pairs.floor.append(seconds)
 
 
-def _rounds(scheme: Scheme, plan: Plan) -> Pairs:
-    data = examples(plan.cohort)
-    beside = _Beside(BareLoop(plan.cohort))
+def _rounds(scheme: Scheme, local: Local, plan: Plan) -> Pairs:
+    rows = [{"image": i, "label": c} for i, c in examples(local.clients * local.examples)]
+    starts = range(0, len(rows), local.examples)
+    beside = _Beside(BareLoop(local))
     federation = fedveil.Federation(
         net(),
-        {f"client-{n}": [{"image": i, "label": c}] for n, (i, c) in enumerate(data)},
+        {f"client-{first}": rows[first : first + local.examples] for first in starts},
         task=fedveil.ImageClassification(num_labels=10),
         scheme=scheme,
         training=fedveil.Training(
-            steps=1, batch_size=1, learning_rate=RATE, optimizer="sgd", weight_decay=0.0,
-            schedule="constant", max_grad_norm=None,
+            steps=local.steps, batch_size=local.batch, learning_rate=RATE, optimizer="sgd",
+            weight_decay=0.0, schedule="constant", max_grad_norm=None,
         ),
         secret=SECRET,
         observer=beside,

@@ -17,7 +17,7 @@ from torch import nn
 
 from speed.children import main
 from speed.plan import Plan
-from speed.rounds import BARE, RATE, BareLoop, case_of, examples, net
+from speed.rounds import BARE, RATE, BareLoop, Local, case_of, examples, net
 from speed.rows import Row, measured
 from speed.timing import Pairs, clock
 
@@ -28,7 +28,7 @@ class Watch:
     """Times rounds from the outside: each round that ends is followed by one of the bare loop."""
 
     def __init__(self, clients: int) -> None:
-        self._bare, self.pairs = BareLoop(clients), Pairs()
+        self._bare, self.pairs = BareLoop(Local(clients)), Pairs()
         self._started = time.perf_counter()
 
     def start(self) -> None:

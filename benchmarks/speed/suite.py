@@ -14,6 +14,7 @@ from speed.rounds import round_rows
 from speed.rows import Row, skipped
 from speed.scaling import client_rows, parameter_rows
 from speed.server import server_rows
+from speed.shrink import shrink_rows
 from speed.sizes import size_rows
 
 __all__ = ["BENCHMARKS", "choose", "run"]
@@ -29,6 +30,7 @@ BENCHMARKS: Final[dict[str, Benchmark]] = {
     "memory": memory_rows,
     "peers": peer_rows,
     "rounds": round_rows,
+    "shrink": shrink_rows,
     "clients": client_rows,
     "parameters": parameter_rows,
 }

@@ -38,7 +38,8 @@ TITLES: Final = {
     "bytes": "Bytes",
     "memory": "Peak extra memory of the server",
     "peers": "Other libraries on the same matrices",
-    "rounds": "A round of many clients with one step on one example each",
+    "rounds": "A round in process beside a bare loop",
+    "shrink": "A client that builds the smaller network",
     "clients": "Server, by clients in a round",
     "parameters": "Kernels at 4 bits, by parameters",
 }

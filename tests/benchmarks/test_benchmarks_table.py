@@ -11,9 +11,9 @@ from speed.table import markdown, sheets, show
 from speed.timing import Pairs
 
 
-def quantize(value, *, bits=4, dtype="float32", budget=3.0, who="fedveil", **more):
-    case = {"model": "GPT-2 small", "storage": "[out, in]", "dtype": dtype, "bits": bits}
-    return Row("quantize/model", case, who, value=value, budget=budget, **more)
+def quantize(value, *, bits=4, dtype="float32", budget=3.0, model="GPT-2 small", **more):
+    case = {"model": model, "storage": "[out, in]", "dtype": dtype, "bits": bits}
+    return Row("quantize/model", case, value=value, budget=budget, **more)
 
 
 def summary(*rows):
@@ -64,23 +64,26 @@ def test_what_was_not_measured_leaves_a_hole_in_its_column():
 
 
 def test_the_summary_has_the_range_of_all_rows_under_a_budget():
-    rows = [quantize(2.0), quantize(2.9, dtype="bfloat16"), quantize(9.0, bits=8, budget=None)]
-    line = summary(*rows)["quantize and pack, 4 bit / fp32 copy"]
+    title = "quantize and pack, 4 bit, [out, in] from float32 / fp32 copy"
+    rows = [quantize(2.0), quantize(2.9, model="another"), quantize(9.0, bits=8, budget=None)]
+    line = summary(*rows)[title]
     assert line == {"budget": "3 x", "fedveil": "2 to 2.9 x", "met": "yes", "others": "-"}
-    rows.append(quantize(3.2, dtype="float16"))
-    line = summary(*rows)["quantize and pack, 4 bit / fp32 copy"]
+    rows.append(quantize(3.2, model="one more"))
+    line = summary(*rows)[title]
     assert (line["fedveil"], line["met"]) == ("2 to 3.2 x", "NO")
+    rows.append(quantize(9.9, dtype="bfloat16"))
+    assert summary(*rows)[title] == line
 
 
 def test_the_summary_says_what_is_missing():
     rows = [
-        skipped("quantize/model", {"bits": 4}, "broken", budget=3.0),
+        quantize(None, reason="broken"),
         plain("peers/layers", {"what": "quantize"}, 57.0, "x", who="fast"),
         skipped("peers/layers", {"what": "quantize"}, "not installed", who="absent"),
         plain("peers/layers", {"what": "dequantize"}, 4.0, "x", who="other column"),
         plain("peers/layers", {"what": "quantize"}, 1.2, "x"),
     ]
-    line = summary(*rows)["quantize and pack, 4 bit / fp32 copy"]
+    line = summary(*rows)["quantize and pack, 4 bit, [out, in] from float32 / fp32 copy"]
     assert line["fedveil"] == "skipped"
     assert line["met"] == "-"
     assert line["others"] == "fast 57.0 x; absent skipped"
@@ -94,8 +97,8 @@ def test_a_reason_is_told_in_either_kind_of_table():
 
 
 def test_every_headline_has_rows_that_a_run_makes():
-    names = [line.name for line in HEADLINES]
-    assert len(set(names)) == len(names)
+    titles = [line.title for line in HEADLINES]
+    assert len(set(titles)) == len(titles)
     for line in HEADLINES:
         row = Row(line.name, dict(line.case), value=1.0, budget=2.0)
         assert summary(row)[line.title]["met"] == "yes"
