@@ -17,6 +17,7 @@ __all__ = [
     "EXTRA_MEMORY",
     "FLAT",
     "HEADLINES",
+    "LOAD",
     "PROXY",
     "QUANTIZE",
     "ROUND",
@@ -29,6 +30,8 @@ QUANTIZE: Final = {"[out, in]": 3.0, "[in, out]": 4.5}
 storage: units that lie along rows, or across them."""
 DEQUANTIZE: Final = 1.8
 """Decoding into a preallocated tensor, over the same copy."""
+LOAD: Final = 2.0
+"""All that a client does with a proxy before it trains, over the same copy."""
 PROXY: Final = 1.5
 """One client's message from packed units, over a memcpy of its bytes."""
 BYTES: Final = 12.9
@@ -91,6 +94,7 @@ HEADLINES: Final = (
         "peers/layers",
         {"what": "dequantize"},
     ),
+    Headline("a client reads and loads its proxy / fp32 copy", "client/load"),
     Headline("one client's proxy into a buffer / memcpy of it", "server/release"),
     Headline(
         "4-bit bytes, unmasked / fp32", "bytes/unmasked", {}, "peers/layers", {"what": "bytes"}

@@ -69,7 +69,7 @@ def gather_rows(plan: Plan, tell: Tell) -> Iterator[Row]:
             _add(found, storage, _gather(group, plan.repeats(repeats)))
         for storage, pairs in found.items():
             case: Case = {"model": title, "storage": storage, "bits": 4}
-            yield measured("gather/model", case, pairs, MEMCPY, budget=budgets.PROXY)
+            yield measured("gather/model", case, pairs, MEMCPY)
 
 
 def released_units(units: int) -> Tensor:

@@ -54,7 +54,7 @@ def server_rows(plan: Plan, tell: Tell) -> Iterator[Row]:
         yield measured("server/release", at, pairs, MESSAGE, budget=budgets.PROXY)
     tell("a client loads its proxy")
     loads = alternate(stage.loading(model), floor, plan.repeats(5))
-    yield measured("client/load", case, loads, COPY, budget=budgets.DEQUANTIZE)
+    yield measured("client/load", case, loads, COPY, budget=budgets.LOAD)
     for bits in (None, 8, 4):
         tell(f"updates at {bits or 32} bits")
         stage = Round(model, FedQSN(policy="fresh", update_bits=bits))

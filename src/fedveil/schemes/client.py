@@ -188,13 +188,32 @@ class _Proxy:
             if cut.positions(name):
                 tensor.zero_()
             section = self.parts[name]
-            in_place = not cut.positions(name) and tensor.dtype == torch.float32
             if isinstance(section, QuantizedTensor):
-                part = section.dequantize(tensor if in_place else None)
+                if not self.selection.is_scaled(name) and _decode_into(section, tensor, cut, name):
+                    continue
+                part = section.dequantize()
             else:
                 part = section.tensor
-            if part is not tensor or self.selection.is_scaled(name):
-                cut.scatter(name, self.selection.scale(name, part).to(tensor.dtype), tensor)
+            cut.scatter(name, self.selection.scale(name, part).to(tensor.dtype), tensor)
+
+
+def _decode_into(section: QuantizedTensor, tensor: Tensor, cut: Selection, name: str) -> bool:
+    """Decode straight to where units belong; whether that is possible.
+
+    Args:
+        section: the released part.
+        tensor: the whole, zero where it is cut.
+        cut: what is cut of it.
+        name: the tensor's.
+    """
+    cuts = cut.positions(name)
+    if tensor.dtype != torch.float32 or cuts.keys() - {section.axis}:
+        return False
+    if cuts:
+        section.add_to(tensor, cuts[section.axis])
+    else:
+        section.dequantize(tensor)
+    return True
 
 
 def _read_part(name: str, section: object, shape: torch.Size) -> Dense | QuantizedTensor:
