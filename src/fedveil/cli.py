@@ -88,9 +88,15 @@ def _complain(word: str, message: str) -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        import platform
+
+        import torch
+
         import fedveil
+        from fedveil.quantization import kernels
 
         print(f"fedveil {fedveil.__version__}")
+        print(f"Python {platform.python_version()}, torch {torch.__version__}, {kernels()} kernels")
         raise typer.Exit
 
 
@@ -116,7 +122,12 @@ Examples = Annotated[int, typer.Option(min=1, help="Texts to look at, at most.")
 def _start(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Show the version, and which kernels do the work.",
+        ),
     ] = False,
     debug: Debug = False,
 ) -> None:

@@ -1,10 +1,12 @@
 import time
 
 import pytest
+import torch
 from cli_samples import run_fedveil, write_bert
 
 import fedveil
 from fedveil.errors import WireError
+from fedveil.quantization import kernels
 from fedveil.wire import Dense, Message, UnitIndex
 
 COMMANDS = ("run", "demo", "units", "inspect")
@@ -30,7 +32,10 @@ def test_help_of_every_command_has_examples(command, call):
 
 
 def test_version(call):
-    assert call("--version") == (0, f"fedveil {fedveil.__version__}\n", "")
+    status, out, err = call("--version")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"fedveil {fedveil.__version__}\nPython 3.")
+    assert out.endswith(f"torch {torch.__version__}, {kernels()} kernels\n")
 
 
 def test_unknown_command(call):

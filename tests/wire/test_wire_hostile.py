@@ -316,9 +316,9 @@ def test_a_key_that_stands_twice_is_refused():
 )
 def test_text_that_hurts_parsers_is_refused_quickly(text):
     data = text.encode()
-    began = time.perf_counter()
+    began = time.process_time()
     refused(struct.pack("<Q", len(data)) + data)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("data", [None, "text", 7, [1, 2], {}])
