@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fedveil.demo import (
-    RELEASED_ONCE,
     Scene,
     Setting,
     build_federation,
@@ -43,6 +42,8 @@ RECIPES: dict[str, Scheme] = {
     "fedqsn, 4-bit updates, error feedback": FedQSN(update_bits=4, error_feedback=True),
     "fedqsn, 2-bit updates": FedQSN(update_bits=2),
     "fedqsn, 2-bit updates, error feedback": FedQSN(update_bits=2, error_feedback=True),
+    "block-64": FedQSN(block=64),
+    "block-64-regmean": FedQSN(block=64, client_mask=0.0, aggregation="regmean"),
     "former": FORMER,
     "former, sticky masks": replace(FORMER, policy="sticky"),
     "former, fresh masks": replace(FORMER, policy="fresh"),
@@ -55,12 +56,14 @@ RECIPES: dict[str, Scheme] = {
     "former, 4-bit updates": replace(FORMER, update_bits=4),
 }
 ALONE = "own data alone"
+RELEASED_ONCE = "regmean"
+"""What the names of recipes end in that release one proxy per client."""
 VIEWS = ("global", "server_model", "proxy_before", "proxy_after")
 
 
 def run(name: str, scene: Scene, setting: Setting, workers: int) -> dict[str, float | None]:
     """One recipe with one seed: accuracies in percent, bytes as % of fp32."""
-    at = setting.at_once() if name in RELEASED_ONCE else setting
+    at = setting.at_once() if name.endswith(RELEASED_ONCE) else setting
     result = build_federation(scene, at, RECIPES[name], workers).run(at.rounds)
     measures = result.rounds[-1].measures
     return {
