@@ -12,8 +12,8 @@ import fedveil
 SOURCE = Path(fedveil.__file__).parent
 ROOMS = (
     "errors", "units", "secret", "masking", "selection", "state", "shards", "shrinking",
-    "quantization", "wire", "updates", "aggregation", "schemes", "training", "engine", "federation",
-    "data", "config", "merging", "report", "audit", "demo", "cli", "",
+    "quantization", "wire", "updates", "aggregation", "schemes", "training", "audit", "engine",
+    "federation", "data", "config", "merging", "report", "demo", "cli", "",
 )  # fmt: skip
 CORE = ROOMS[: ROOMS.index("schemes") + 1]
 FOREIGN = {"transformers", "flwr", "datasets", "flwr_datasets", "typer", "rich", "matplotlib"}

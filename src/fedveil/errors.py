@@ -7,7 +7,9 @@ FedveilError
 ├── WireError                  bytes that arrived are not a message that may be accepted
 ├── ProtocolError              a well-formed message at the wrong time, or from the wrong client
 ├── TrainingError              local training broke down (a loss that is not finite)
-└── CheckpointError            a checkpoint cannot be written, read or continued
+├── CheckpointError            a checkpoint cannot be written, read or continued
+├── AuditError                 what a run has kept cannot be audited, or is not what was sent
+└── ExposureError              clients may not be shown more of the model
 
 Each message says what was expected, what was found, where, and what to do about it.
 """
@@ -15,9 +17,11 @@ Each message says what was expected, what was found, where, and what to do about
 from __future__ import annotations
 
 __all__ = [
+    "AuditError",
     "CheckpointError",
     "ConfigurationError",
     "DataError",
+    "ExposureError",
     "FedveilError",
     "ProtocolError",
     "TrainingError",
@@ -94,3 +98,13 @@ class CheckpointError(FedveilError):
     """A checkpoint cannot be written, read or continued from."""
 
     exit_code = 4
+
+
+class AuditError(FedveilError):
+    """What a run has kept cannot be audited: nothing was kept, or it is not what was sent."""
+
+    exit_code = 5
+
+
+class ExposureError(FedveilError):
+    """No release is left that shows its client no more of the model than was allowed."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedveil.audit import Manifest
 from fedveil.engine import Evaluation, InProcess, Observer, RoundRecord
 from fedveil.engine.in_process import clear
 from fedveil.engine.workers import Workplace
@@ -82,6 +83,10 @@ class Federation:
             resumed runs too; None for any number. A client that fails after it was sent its proxy
             has used it up. A proxy shows what earlier rounds have added: in the only round of a
             federation nobody is shown any of its gain, in a second one everybody sampled is.
+        exposure_limit: Share of the model's parameters, above 0 and up to 1, that one client may be
+            shown in all rounds together; None for any. Who would be shown more sits a round out,
+            and another client is asked instead (:class:`~fedveil.audit.Exposure` says what a share
+            bounds, and what it does not).
         secret: The federation secret. None draws a new one, which is then lost: a run that is to
             be resumed or repeated needs its secret kept by you.
         seed: Decides sampling, batch order and dropout; nothing secret.
@@ -93,6 +98,10 @@ class Federation:
             model itself, which must then stay as it is: a full copy less in memory, and one that is
             mapped from its files (``from_pretrained``, :func:`fedveil.shards.load_into`) takes none
             of its own at all.
+
+    Attributes:
+        config_file: The file that describes the federation, if one does: it is noted in ``run.json``,
+            so that the run can be audited from its folder alone.
 
     Does NOT protect what the scheme does not protect: read the docstring of the scheme. In process,
     clients share a machine with the owner; separation between companies takes an engine that runs
@@ -116,6 +125,7 @@ class Federation:
         evaluation: Evaluation | None = None,
         clients_per_round: int | None = None,
         releases: int | None = None,
+        exposure_limit: float | None = None,
         secret: Secret | None = None,
         seed: int = 0,
         workers: int = 1,
@@ -130,6 +140,7 @@ class Federation:
         _check_count("clients_per_round", clients_per_round, len(named))
         _check_count("releases", releases, None)
         _check_count("workers", workers, None)
+        _check_limit(exposure_limit)
         if keep_messages and out is None:
             raise ConfigurationError(
                 "keep_messages needs a place to keep them", fix="Give the run a folder with out=..."
@@ -141,6 +152,8 @@ class Federation:
         self._model = copy_of(model) if copy else model
         self._seed, self._workers = seed, workers
         self._clients_per_round, self._releases = clients_per_round, releases
+        self._exposure_limit = exposure_limit
+        self.config_file: Path | None = None
         self._evaluation = evaluation or Evaluation()
         self._out, self._keep_messages = (Path(out) if out is not None else None), keep_messages
         self._observer = observer or Observer()
@@ -178,6 +191,7 @@ class Federation:
         server = self.scheme.server(self._model, self._secret)
         # What measures takes memory only if there is something to measure it on.
         measured = architecture_of(self._model, None if self._test is not None else "meta")
+        manifest = Manifest.of(self._model, server.groups, configuration, self.config_file)
         engine = InProcess(
             server=server,
             place=self._workplace(),
@@ -186,6 +200,8 @@ class Federation:
             seed=self._seed,
             clients_per_round=self._clients_per_round,
             releases=self._releases,
+            manifest=manifest,
+            exposure_limit=self._exposure_limit,
             workers=self._workers,
             evaluation=self._evaluation,
             folder=self._out,
@@ -225,6 +241,8 @@ class Federation:
             "seed": self._seed,
             "secret": self._secret.fingerprint(),
             "model": self._fingerprint,
+            # Only where it is set: earlier versions did not know it.
+            **({} if self._exposure_limit is None else {"exposure_limit": self._exposure_limit}),
         }
 
     def _workplace(self) -> Workplace:
@@ -278,6 +296,18 @@ def _check_count(name: str, value: int | None, most: int | None) -> None:
             f"The setting {name!r} is impossible",
             expected=f"an integer of at least 1{limit}",
             found=repr(value),
+        )
+
+
+def _check_limit(limit: float | None) -> None:
+    if limit is None:
+        return
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= 1:
+        raise ConfigurationError(
+            "The setting 'exposure_limit' is impossible",
+            expected="a number above 0 and up to 1",
+            found=repr(limit),
+            fix="A limit of 0.6 shows no client more than 60 % of the model's parameters.",
         )
 
 

@@ -139,9 +139,10 @@ def sample(seed, number, *, wanted=None, releases=None, records=(), clients=CLIE
     engine = InProcess(
         server=None, place=SimpleNamespace(trainers=dict.fromkeys(clients)), model=None,
         configuration={}, seed=seed, clients_per_round=wanted, releases=releases, workers=1,
-        evaluation=None, folder=None, keep_messages=False, observer=None,
+        evaluation=None, folder=None, keep_messages=False, observer=None, manifest=None,
+        exposure_limit=None,
     )  # fmt: skip
-    return engine._sample(number, list(records))
+    return engine._order(number, list(records))[: wanted or len(clients)]
 
 
 NAMES = [f"c{i}" for i in range(8)]

@@ -35,7 +35,7 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
     rows = load_rows(config)
     folder, seed = config.path.parent, config.federation.seed
     model = load_model(config.model, config.data.task, rows.names, folder, seed=seed)
-    return Federation(
+    federation = Federation(
         model,
         rows.clients,
         task=_task(config, model, len(rows.names)),
@@ -45,6 +45,7 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
         evaluation=config.evaluation,
         clients_per_round=config.federation.clients_per_round,
         releases=config.federation.releases,
+        exposure_limit=config.federation.exposure_limit,
         secret=open_secret(config),
         seed=seed,
         workers=config.federation.workers,
@@ -52,6 +53,8 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
         keep_messages=config.federation.keep_messages,
         observer=observer,
     )
+    federation.config_file = config.path.absolute()
+    return federation
 
 
 def open_secret(config: Config) -> Secret:

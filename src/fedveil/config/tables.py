@@ -111,6 +111,7 @@ class FederationTable(Table):
         rounds: Rounds in all.
         clients_per_round: Clients that take part in a round; all by default.
         releases: How many proxies one client may be sent in all rounds together.
+        exposure_limit: Share of the model that one client may be shown in all rounds together.
         seed: Decides sampling, batch order, a new head and drawn subsets; nothing secret.
         workers: Client processes.
         secret_file: Where the federation secret is; made on the first run.
@@ -121,6 +122,7 @@ class FederationTable(Table):
     rounds: AtLeastOne = 5
     clients_per_round: AtLeastOne | None = None
     releases: AtLeastOne | None = None
+    exposure_limit: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Seed = 0
     workers: AtLeastOne = 1
     secret_file: Word = "federation.secret"  # noqa: S105  the name of a file

@@ -17,12 +17,19 @@ from typing import Any
 
 from torch import nn
 
+from fedveil.audit import Exposure, Manifest
 from fedveil.engine.checkpoint import Checkpoint, CheckpointFolder
 from fedveil.engine.memory import ClientFiles
 from fedveil.engine.observer import Observer
 from fedveil.engine.records import RoundRecord
 from fedveil.engine.workers import Answer, Crew, Desk, Job, Workplace, crew, threads
-from fedveil.errors import CheckpointError, ConfigurationError, FedveilError, ProtocolError
+from fedveil.errors import (
+    CheckpointError,
+    ConfigurationError,
+    ExposureError,
+    FedveilError,
+    ProtocolError,
+)
 from fedveil.schemes import ServerSide
 from fedveil.state import load_state
 from fedveil.training import evaluate
@@ -82,6 +89,8 @@ class InProcess:
         seed: Decides sampling, batch order and dropout; nothing secret.
         clients_per_round: How many clients take part in a round; None for all.
         releases: How many proxies one client may be sent in all rounds together; None for any.
+        manifest: What the run is about. With a folder or a limit, every release is written down.
+        exposure_limit: Share of the model that one client may be shown in all rounds together.
         workers: Client processes.
         evaluation: What is measured.
         folder: Where ``metrics.jsonl``, checkpoints and messages go; None writes nothing.
@@ -95,6 +104,8 @@ class InProcess:
     seed: int
     clients_per_round: int | None
     releases: int | None
+    manifest: Manifest
+    exposure_limit: float | None
     workers: int
     evaluation: Evaluation
     folder: Path | None
@@ -110,6 +121,7 @@ class InProcess:
             FedveilError: If no client at all gave a usable reply in a round.
         """
         records = self._take_up(resume)
+        self._open_exposure()
         self._write_metrics(records)
         self.check_budget(rounds)
         self.observer.run_started(rounds, len(records))
@@ -119,8 +131,7 @@ class InProcess:
             place = replace(self.place, memories=memories)
             with crew(place, self.workers) as clients:
                 for number in range(len(records) + 1, rounds + 1):
-                    sampled = self._sample(number, records)
-                    record = self._round(number, rounds, sampled, clients)
+                    record = self._round(number, rounds, self._order(number, records), clients)
                     records.append(record)
                     self._save(records)
                     if memories is not None:
@@ -150,23 +161,23 @@ class InProcess:
         with threads(_MEASURING_THREADS):
             return evaluate(model, self.place.task, self.place.test)
 
-    def _round(
-        self, number: int, rounds: int, sampled: Sequence[str], clients: Crew
-    ) -> RoundRecord:
+    def _round(self, number: int, rounds: int, order: Sequence[str], clients: Crew) -> RoundRecord:
         started = time.perf_counter()
         record = RoundRecord(number)
-        self.observer.round_started(number, len(sampled))
+        self.observer.round_started(number, self._wanted)
         self.server.begin_round(number)
         answers, failures = [], []
         # The workers have the cores: more threads here would only wait for one another.
         with threads(1):
-            for answer in clients.answers(self._jobs(record, sampled, rounds)):
+            for answer in clients.answers(self._jobs(record, order, rounds)):
                 failure = self._absorb(record, answer)
                 failures += [failure] if failure else []
                 answers.append(answer)
                 told = str(failure) if failure else None
                 self.observer.client_finished(number, answer.client, told)
-        if len(failures) == len(sampled):
+        if not answers:
+            raise self._exhausted(record)
+        if len(failures) == len(answers):
             raise failures[0]
         record.metrics = dict(self.server.end_round())
         record.measures = self._measure(number, rounds) | _mean_measures(answers)
@@ -193,28 +204,71 @@ class InProcess:
                 "releases.",
             )
 
-    def _sample(self, number: int, records: Sequence[RoundRecord]) -> list[str]:
-        """Clients of a round; under a limit, those come first who were sent least so far."""
+    def _order(self, number: int, records: Sequence[RoundRecord]) -> list[str]:
+        """Who is asked first in a round, until enough take part; who may not be is left out.
+
+        If releases are limited, those come first who were sent least so far.
+        """
         names = sorted(self.place.trainers)
         dice = random.Random(f"{self.seed}/sample/{number}")  # noqa: S311
         if self.releases is None:
-            return dice.sample(names, self._wanted)
+            chosen = dice.sample(names, self._wanted)
+            rest = sorted(set(names) - set(chosen))
+            return chosen + dice.sample(rest, len(rest))
         sent = Counter(name for record in records for name in record.bytes_down)
-        return sorted(dice.sample(names, len(names)), key=sent.__getitem__)[: self._wanted]
+        order = sorted(dice.sample(names, len(names)), key=sent.__getitem__)
+        return [name for name in order if sent[name] < self.releases]
 
-    def _jobs(self, record: RoundRecord, sampled: Sequence[str], rounds: int) -> Iterator[Job]:
-        measured = set(sampled[: self.evaluation.proxies])
-        if not _is_due(self.evaluation.proxies_every, record.round, rounds):
-            measured = set()
+    def _jobs(self, record: RoundRecord, order: Sequence[str], rounds: int) -> Iterator[Job]:
+        is_due = _is_due(self.evaluation.proxies_every, record.round, rounds)
+        most = self.evaluation.proxies
+        measured = 0 if not is_due else len(order) if most is None else most
         views = ("before", "after") if self.evaluation.received else ("after",)
         # Clients in this process are done with a proxy before the next one is asked for.
         write = Desk().write if self.workers == 1 else Message.to_bytes
-        for client in sampled:
+        for client in order:
+            if len(record.bytes_down) == self._wanted:
+                return
             proxy = write(self.server.release(client))
+            if (reason := self._refusal(client, proxy)) is not None:
+                record.refused[client] = reason
+                self.observer.client_refused(record.round, client, reason)
+                continue
+            measure = views if len(record.bytes_down) < measured else ()
             record.bytes_down[client] = len(proxy)
             self._keep(record.round, client, "proxy", proxy)
-            measure = views if client in measured else ()
             yield Job(client, proxy, self._seed(record.round, client), measure)
+
+    def _open_exposure(self) -> None:
+        self._exposure = None
+        if self.folder is not None:
+            self.manifest.write(self.folder)
+        if self.folder is not None or self.exposure_limit is not None:
+            self._exposure = Exposure(self.manifest, self.folder)
+
+    def _refusal(self, client: str, proxy: bytearray | memoryview) -> str | None:
+        """Why a client may not be sent this; if he may, it is written down as released."""
+        if self._exposure is None:
+            return None
+        message = Message.from_bytes(proxy)
+        if self.exposure_limit is not None:
+            share = self._exposure.share_after(client, message)
+            if share > self.exposure_limit:
+                return (
+                    f"it would bring what {client} was shown to {share:.1%} of the model, "
+                    f"and {self.exposure_limit:.1%} are allowed"
+                )
+        self._exposure.record(message)
+        return None
+
+    def _exhausted(self, record: RoundRecord) -> ExposureError:
+        return ExposureError(
+            f"No client may be released a proxy in round {record.round}",
+            expected=f"a release within exposure_limit={self.exposure_limit}",
+            found=next(iter(record.refused.values()), "no client"),
+            fix="The rounds before are kept. Sticky or grouped masks show a client nothing new in "
+            "later rounds; higher mask rates show less in the first.",
+        )
 
     def _absorb(self, record: RoundRecord, answer: Answer) -> FedveilError | None:
         """Use one answer; returns why it could not be used."""
@@ -322,7 +376,8 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run wrote into its folder, and nothing else."""
     for name in ("checkpoints", "messages", _CLIENTS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "run.json", "exposure.jsonl", "audit.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _is_due(every: int, number: int, rounds: int) -> bool:

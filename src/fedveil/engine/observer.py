@@ -16,6 +16,9 @@ class Observer:
     def round_started(self, number: int, clients: int) -> None:
         """Round ``number`` begins with this many clients."""
 
+    def client_refused(self, number: int, client: str, reason: str) -> None:
+        """A client was not sent a proxy: it would have shown him more than is allowed."""
+
     def client_finished(self, number: int, client: str, failure: str | None) -> None:
         """A client's reply was used, or was not because of ``failure``."""
 

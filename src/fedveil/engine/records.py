@@ -18,6 +18,8 @@ class RoundRecord:
         bytes_down: Bytes of the message that each client was sent.
         bytes_up: Bytes of each client's reply.
         failed: Clients whose reply was not used, with the reason.
+        refused: Clients that were not sent a proxy, with the reason: it would have shown them more
+            of the model than allowed.
         examples: Examples each client trained on.
         loss_first: Loss of each client's first batch, in nats.
         loss_last: Loss of each client's last batch, in nats.
@@ -32,6 +34,7 @@ class RoundRecord:
     bytes_down: dict[str, int] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     loss_first: dict[str, float] = field(default_factory=dict)
     loss_last: dict[str, float] = field(default_factory=dict)

@@ -64,6 +64,10 @@ class ConsoleProgress(Observer):
             of_round=f"client 0/{clients}",
         )
 
+    def client_refused(self, number: int, client: str, reason: str) -> None:
+        """See :class:`Observer`."""
+        self._say(f"round {number}: {client} sits out: {reason}", style="yellow")
+
     def client_finished(self, number: int, client: str, failure: str | None) -> None:
         """See :class:`Observer`."""
         if failure is not None:

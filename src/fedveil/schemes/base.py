@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedveil.secret import Secret
 from fedveil.state import StateDict
+from fedveil.units import UnitGroup
 from fedveil.wire import Message
 
 __all__ = ["ClientSide", "LocalTrainer", "Memory", "Metrics", "Scheme", "ServerSide", "ServerState"]
@@ -89,6 +90,10 @@ class ServerSide(Protocol):
 
     def final(self) -> StateDict:
         """The model to keep, after the merge, in the dtypes the owner brought."""
+
+    @property
+    def groups(self) -> tuple[UnitGroup, ...]:
+        """The unit groups that masks cut; none if everything is released whole."""
 
     @property
     def views(self) -> tuple[str, ...]:

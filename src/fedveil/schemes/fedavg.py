@@ -115,6 +115,11 @@ class FedAvgServer:
         return self._global.export()
 
     @property
+    def groups(self) -> tuple[UnitGroup, ...]:
+        """None: everything is released whole."""
+        return ()
+
+    @property
     def views(self) -> tuple[str, ...]:
         """Global model only: clients hold the same."""
         return ("global",)

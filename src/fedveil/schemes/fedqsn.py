@@ -21,7 +21,7 @@ from fedveil.schemes.registry import register_scheme
 from fedveil.secret import Secret
 from fedveil.selection import Selection
 from fedveil.state import StateDict
-from fedveil.units import find_units, validate
+from fedveil.units import UnitGroup, find_units, validate
 from fedveil.updates import SMALL, UpdateCodec, check_bits, check_error_feedback
 from fedveil.wire import Dense, Gathered, Message, Section, Sections, UnitIndex
 
@@ -199,6 +199,11 @@ class FedQSNServer:
         Never-released units were never changed: the global model holds their original values.
         """
         return self.view("server_model" if self._scheme.merge == "server" else "global")
+
+    @property
+    def groups(self) -> tuple[UnitGroup, ...]:
+        """See :class:`~fedveil.schemes.base.ServerSide`."""
+        return tuple(self._groups)
 
     @property
     def views(self) -> tuple[str, ...]:

@@ -1,0 +1,22 @@
+"""What an attacker makes of exactly the bytes that clients were sent.
+
+It assumes an attacker who has all bytes of his coalition, the architecture, the scheme's source and
+the public base; only the federation secret is withheld from him.
+"""
+
+from fedveil.audit.evidence import Evidence, Kept, Proxy
+from fedveil.audit.exposure import Exposure
+from fedveil.audit.findings import Alarm, Attacked, Audit, ClientExposure
+from fedveil.audit.manifest import Manifest
+
+__all__ = [
+    "Alarm",
+    "Attacked",
+    "Audit",
+    "ClientExposure",
+    "Evidence",
+    "Exposure",
+    "Kept",
+    "Manifest",
+    "Proxy",
+]

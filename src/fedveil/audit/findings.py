@@ -1,0 +1,199 @@
+"""What an audit finds, as values: the file ``audit.json`` in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedveil.errors import AuditError
+
+__all__ = ["Alarm", "Attacked", "Audit", "ClientExposure"]
+
+FORMAT = 1
+NAME = "audit.json"
+
+Measures = Mapping[str, float]
+"""On the owner's test set: ``accuracy`` in percent and ``loss`` in nats."""
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """One attack with one set of bytes.
+
+    Attributes:
+        attack: Which, as "union".
+        clients: Whose bytes were pooled: one client, or a coalition.
+        rounds: In how many rounds they were sent something.
+        released: Whether any released bytes were used; the attacker's own work alone if not.
+        holes: What stands where nothing was released: "zeros", "public" or "base".
+        polish: What was done afterwards: "" or "healing" or "distillation".
+        measures: What the stolen model reaches.
+        leak: ``(attack - own) / (global - own)``; None where it means nothing.
+        gain_shown: ``(attack - base) / (global - base)``; None where it means nothing.
+        error_released: Relative error of the weights on released units,
+            ``|stolen - global| / |global|``; None without weights to compare.
+        error_withheld: The same on units that these clients never got.
+        note: What to know about it.
+    """
+
+    attack: str
+    clients: tuple[str, ...]
+    rounds: int
+    released: bool
+    holes: str
+    polish: str
+    measures: Measures
+    leak: float | None = None
+    gain_shown: float | None = None
+    error_released: float | None = None
+    error_withheld: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A check of the messages, and whether it found something.
+
+    Attributes:
+        check: Which, as "withheld-units".
+        raised: Whether what should never be was found.
+        found: What, where, in a sentence; what was looked at, if nothing was found.
+    """
+
+    check: str
+    raised: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class ClientExposure:
+    """What one client was shown.
+
+    Attributes:
+        share: Of the model's parameters, from 0 to 1, by the end.
+        bits: Bits per parameter of the whole model.
+        after: The share after each round in which something was sent, by round.
+        next: What one more release of the kind would add to the share.
+    """
+
+    share: float
+    bits: float
+    after: Mapping[int, float]
+    next: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Everything that an audit found.
+
+    Attributes:
+        sentence: The answer to "what did my partners learn of my model?", in words.
+        scheme: Its name and settings.
+        rounds: Rounds that the audited messages are of.
+        metric: Which measure leaks are computed from.
+        models: Measures of the owner's models: ``base``, ``public``, ``global``, ``server_model``.
+        own: Measures of the best that the attacker reaches without a released byte.
+        attacks: All attacks, strongest last within their kind.
+        alarms: All checks of the messages.
+        exposure: By client.
+        coalitions: Share of the parameters that the largest coalition of each size holds, by size.
+        bytes_down: Bytes that each client was sent in all.
+        full: Whether everything was tried, or the quick set.
+        seconds: How long it took.
+        not_protected: What no figure here speaks for, one sentence each.
+    """
+
+    sentence: str
+    scheme: Mapping[str, Any]
+    rounds: int
+    metric: str
+    models: Mapping[str, Measures]
+    own: Measures
+    attacks: Sequence[Attacked]
+    alarms: Sequence[Alarm]
+    exposure: Mapping[str, ClientExposure]
+    coalitions: Mapping[int, float] = field(default_factory=dict)
+    bytes_down: Mapping[str, int] = field(default_factory=dict)
+    full: bool = False
+    seconds: float = 0.0
+    not_protected: Sequence[str] = ()
+
+    @property
+    def strongest(self) -> Attacked | None:
+        """The attack that got furthest with released bytes."""
+        tried = [attack for attack in self.attacks if attack.released]
+        return max(tried, key=lambda attack: attack.measures[self.metric], default=None)
+
+    def write(self, folder: Path) -> Path:
+        """Write ``audit.json``, whole or not at all; returns its path.
+
+        Raises:
+            AuditError: It cannot be written.
+        """
+        path, aside = folder / NAME, folder / f"{NAME}.unfinished"
+        try:
+            text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
+            aside.write_text(text + "\n", encoding="utf-8")
+            aside.replace(path)
+        except OSError as error:
+            raise AuditError(
+                "The audit could not be written", found=str(error), where=str(folder)
+            ) from error
+        return path
+
+    @classmethod
+    def read(cls, folder: Path) -> Audit:
+        """What :meth:`write` wrote.
+
+        Raises:
+            AuditError: There is none, or it is damaged or of another version.
+        """
+        path = folder / NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise AuditError(
+                "The run has not been audited",
+                where=str(folder),
+                fix=f"Run: fedveil audit {folder}",
+            ) from None
+        except (OSError, ValueError) as error:
+            raise AuditError(
+                "The audit cannot be read", found=str(error), where=str(path)
+            ) from error
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise AuditError(
+                "The audit is of another version of fedveil",
+                expected=f"format {FORMAT}",
+                where=str(path),
+                fix="Audit the run again.",
+            )
+        try:
+            return cls._from_json(values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise AuditError("The audit is damaged", found=repr(error), where=str(path)) from error
+
+    @classmethod
+    def _from_json(cls, values: dict[str, Any]) -> Audit:
+        return cls(
+            **{
+                **values,
+                "attacks": [
+                    Attacked(**{**attack, "clients": tuple(attack["clients"])})
+                    for attack in values["attacks"]
+                ],
+                "alarms": [Alarm(**alarm) for alarm in values["alarms"]],
+                "exposure": {
+                    name: ClientExposure(**{**one, "after": _by_number(one["after"])})
+                    for name, one in values["exposure"].items()
+                },
+                "coalitions": _by_number(values["coalitions"]),
+            }
+        )
+
+
+def _by_number(values: Mapping[str, float]) -> dict[int, float]:
+    return {int(number): value for number, value in values.items()}
