@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedveil.audit import Manifest
+from fedveil.audit import Manifest, Stage
 from fedveil.engine import Evaluation, InProcess, Observer, RoundRecord
+from fedveil.engine.checkpoint import CheckpointFolder
 from fedveil.engine.in_process import clear
 from fedveil.engine.workers import Workplace
-from fedveil.errors import ConfigurationError, DataError, FedveilError
+from fedveil.errors import AuditError, ConfigurationError, DataError, FedveilError
 from fedveil.schemes import FedQSN, Scheme
 from fedveil.secret import Secret
 from fedveil.state import architecture_of, copy_of, load_state, read_state, with_state
@@ -220,6 +221,44 @@ class Federation:
         del engine, measured, server  # the result needs room
         model = with_state(self._model, final)
         return Result(model, records, base, _fp32_bytes(model))
+
+    def stage(self, public: nn.Module | None = None) -> Stage:
+        """What an audit of the run in ``out`` measures with; see :func:`fedveil.audit.audit`.
+
+        Args:
+            public: A model of the same architecture that anybody can get, from which attackers may
+                begin: what the owner began with himself, if that is public. None if there is none.
+
+        Raises:
+            AuditError: There is no finished round, no folder, or no test set.
+            CheckpointError: The run is of another configuration.
+        """
+        if self._out is None or self._test is None:
+            raise AuditError(
+                "An audit needs the folder of a run, and a test set",
+                found="no test set" if self._test is None else "no folder",
+                fix="Make the federation with out=... and test=..., as it was run.",
+            )
+        checkpoint = CheckpointFolder(self._out / "checkpoints").load(self.configuration())
+        if checkpoint is None:
+            raise AuditError(
+                "The run has no finished round", where=str(self._out), fix="Run the federation."
+            )
+        server = self.scheme.server(self._model, self._secret)
+        server.restore(checkpoint.state)
+        models = {"base": read_state(self._model)}
+        if "server_model" in server.views:
+            models["server_model"] = server.view("server_model")
+        return Stage(
+            architecture_of(self._model),
+            self._task,
+            self._test,
+            self.training,
+            {name: trainer.data for name, trainer in self._trainers.items()},
+            {**models, "global": server.final()},
+            None if public is None else read_state(public),
+            self._seed,
+        )
 
     def configuration(self) -> dict[str, Any]:
         """What decides the result, as plain values; the secret appears as its fingerprint.

@@ -4,6 +4,8 @@ It assumes an attacker who has all bytes of his coalition, the architecture, the
 the public base; only the federation secret is withheld from him.
 """
 
+from fedveil.audit.auditing import Stage, audit
+from fedveil.audit.checks import check
 from fedveil.audit.evidence import Evidence, Kept, Proxy
 from fedveil.audit.exposure import Exposure
 from fedveil.audit.findings import Alarm, Attacked, Audit, ClientExposure
@@ -19,4 +21,7 @@ __all__ = [
     "Kept",
     "Manifest",
     "Proxy",
+    "Stage",
+    "audit",
+    "check",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,10 +20,14 @@ from fedveil.selection import Selection
 from fedveil.units import UnitGroup
 from fedveil.wire import Dense, Message, UnitIndex
 
-__all__ = ["Evidence", "Kept", "Proxy"]
+__all__ = ["Evidence", "Kept", "OvershownError", "Proxy"]
 
 _ROUND = re.compile(r"round-(\d{6})")
-_FILE = re.compile(r"(.+)\.(proxy|update)\.safetensors")
+_FILE = re.compile(r"(.+)\.([a-z]+)\.safetensors")
+
+
+class OvershownError(AuditError):
+    """A message has more in it than the units that it says it releases."""
 
 
 @dataclass(frozen=True, order=True)
@@ -32,7 +37,7 @@ class Kept:
     Attributes:
         round: From 1.
         client: Who was sent it, or sent it.
-        kind: "proxy" on the way down, "update" on the way up.
+        kind: "proxy" on the way down, "update" on the way up; of anything else fedveil sends none.
         path: Where it is.
     """
 
@@ -84,6 +89,7 @@ class Proxy:
 
     Raises:
         AuditError: It is of another architecture.
+        OvershownError: It has more in it than the released units.
     """
 
     def __init__(self, message: Message, manifest: Manifest) -> None:
@@ -110,6 +116,11 @@ class Proxy:
         assert isinstance(section, QuantizedTensor | Dense)
         return section.dequantize() if isinstance(section, QuantizedTensor) else section.tensor
 
+    def interval(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Between which values the released part of a tensor lies; None if it is exact."""
+        section = self._sections[name]
+        return section.interval() if isinstance(section, QuantizedTensor) else None
+
     def bits(self, name: str) -> int:
         """Bits in which each released value of a tensor travels, scales not counted."""
         section = self._sections[name]
@@ -125,9 +136,10 @@ class Proxy:
         return Release(section.released, section.scale)
 
     def _check_tensors(self, shapes: Mapping[str, torch.Size]) -> None:
-        if odd := sorted(shapes.keys() ^ set(self.tensors)):
-            found = "a missing" if odd[0] in shapes else "an unknown"
-            raise self._foreign("the run's tensors", f"{found} tensor", odd[0])
+        if missing := sorted(shapes.keys() - set(self.tensors)):
+            raise self._foreign("the run's tensors", "a missing tensor", missing[0])
+        if unknown := sorted(set(self.tensors) - shapes.keys()):
+            raise self._overshown("the model's tensors alone", "another section", unknown[0])
         for name, full in shapes.items():
             section = self._sections[name]
             if not isinstance(section, QuantizedTensor | Dense):
@@ -137,7 +149,20 @@ class Proxy:
             else:
                 shape = tuple(section.tensor.shape)
             if shape != (expected := tuple(self.selection.shape(name, full))):
-                raise self._foreign(f"{list(expected)}", f"{list(shape)}", name)
+                more = math.prod(shape) > math.prod(expected)
+                raise (self._overshown if more else self._foreign)(
+                    f"{list(expected)}", f"{list(shape)}", name
+                )
+
+    def _overshown(self, expected: str, found: str, where: str) -> OvershownError:
+        return OvershownError(
+            f"The proxy of client {self.client} in round {self.round} shows more than the units "
+            "that it releases",
+            expected=expected,
+            found=found,
+            where=where,
+            fix="Release nothing more with this scheme.",
+        )
 
     def _foreign(self, expected: str, found: str, where: str) -> AuditError:
         return AuditError(
@@ -185,6 +210,10 @@ class Evidence:
     def proxies(self, clients: Collection[str] | None = None) -> list[Kept]:
         """What some clients were sent, oldest first; by default what all were."""
         return self._of_kind("proxy", clients)
+
+    def down(self) -> list[Kept]:
+        """Everything that was sent to clients, of whatever kind."""
+        return [kept for kept in self._kept if kept.kind != "update"]
 
     def updates(self, clients: Collection[str] | None = None) -> list[Kept]:
         """What some clients returned, oldest first."""

@@ -144,6 +144,14 @@ class Exposure:
         total = self._total(clients)
         return 0.0 if total is None else self._share(total)
 
+    def history(self, client: str) -> dict[int, float]:
+        """The client's share after each round in which he was sent something, by round."""
+        shares, total = {}, None
+        for number, _, shown in self.releases([client]):
+            total = shown if total is None else total | shown
+            shares[number] = self._share(total)
+        return shares
+
     def mean_bits(self, clients: Collection[str]) -> float:
         """Bits per parameter of the whole model that these clients hold together at best.
 

@@ -76,7 +76,7 @@ class ClientExposure:
         share: Of the model's parameters, from 0 to 1, by the end.
         bits: Bits per parameter of the whole model.
         after: The share after each round in which something was sent, by round.
-        next: What one more release of the kind would add to the share.
+        next: What one more release is expected to add to the share.
     """
 
     share: float

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedveil.quantization.codebook import NormalFloat
 from fedveil.quantization.packing import pack, unpack
 
-__all__ = ["SMALLEST_SCALE", "decode", "encode", "scale_values"]
+__all__ = ["SMALLEST_SCALE", "bounds", "decode", "encode", "scale_values"]
 
 SMALLEST_SCALE: Final = 2.0**-100
 """A block whose absolute maximum is below this (7.9e-31) counts as a block of zeros."""
@@ -46,8 +46,47 @@ def decode(
     codes: Tensor, scales: Tensor, unit_scales: Tensor | None, *, bits: int, block: int, fan_in: int
 ) -> Tensor:
     """Undo `encode`: float32 [units, fan_in], level times scale."""
+    parts = codes, scales, unit_scales
+    return _decode(parts, NormalFloat(bits).levels, bits=bits, block=block, fan_in=fan_in)
+
+
+def bounds(
+    codes: Tensor, scales: Tensor, unit_scales: Tensor | None, *, bits: int, block: int, fan_in: int
+) -> tuple[Tensor, Tensor]:
+    """Between which values each encoded number lay: two float32 [units, fan_in].
+
+    Rounding of a block's scale may leave its largest values outside the outermost levels: by half a
+    255th part of the unit's scale.
+    """
+    parts, inner = (codes, scales, unit_scales), NormalFloat(bits).thresholds
+    low = torch.cat([torch.tensor([-1.0]), inner])
+    high = torch.cat([inner, torch.tensor([1.0])])
+    ends = [_decode(parts, t, bits=bits, block=block, fan_in=fan_in) for t in (low, high)]
+    if unit_scales is not None:
+        numbers, steps = unpack(codes, bits, fan_in), scales.float().clamp(min=1)
+        room = _decode_scales((steps + 0.5) / steps, numbers.shape, block)
+        for end, outermost in zip(ends, (0, 2**bits - 1), strict=True):
+            end.mul_(torch.where(numbers == outermost, room, 1.0))
+    return ends[0], ends[1]
+
+
+def _decode_scales(scales: Tensor, shape: torch.Size, block: int) -> Tensor:
+    """[units, blocks] -> [units, fan_in]: each value's own."""
+    rows = torch.ones(shape, device=scales.device)
+    views = zip(_block_views(rows, block), _scale_views(scales, shape[1], block), strict=True)
+    for part, scale in views:
+        part.mul_(scale)
+    return rows
+
+
+def _decode(
+    parts: tuple[Tensor, Tensor, Tensor | None], table: Tensor, *, bits: int, block: int,
+    fan_in: int,
+) -> Tensor:  # fmt: skip
+    """An entry of a table for each code, times the scale of its block."""
+    codes, scales, unit_scales = parts
     numbers = unpack(codes, bits, fan_in)
-    levels = NormalFloat(bits).levels.to(codes.device)
+    levels = table.to(codes.device)
     rows = levels.index_select(0, numbers.flatten().int()).view(numbers.shape)
     values = scale_values(scales, unit_scales)
     for part, scale in zip(

@@ -20,6 +20,7 @@ from fedveil.quantization.blockwise import (
     in_place,
 )
 from fedveil.quantization.layout import part_layout, values_per_unit
+from fedveil.quantization.reference import bounds
 
 __all__ = ["QuantizedTensor", "quantize"]
 
@@ -131,6 +132,25 @@ class QuantizedTensor:
             for rows, values in self._decoded(target):
                 target[rows].copy_(values)
         return out
+
+    def interval(self) -> tuple[Tensor, Tensor]:
+        """Between which values the quantized numbers lay.
+
+        Each code stands for all numbers that are nearest to its level. What a receiver knows of a
+        number is this interval and nothing more, as rounding is deterministic.
+
+        Returns:
+            Lower and upper ends, float32 of the logical shape.
+        """
+        low, high = bounds(
+            self.codes, self.scales, self.unit_scales,
+            bits=self.bits, block=self.block, fan_in=self.fan_in,
+        )  # fmt: skip
+        return self._shaped(low), self._shaped(high)
+
+    def _shaped(self, rows: Tensor) -> Tensor:
+        rest = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        return rows.view(self.units, *rest).movedim(0, self.axis).contiguous()
 
     def add_to(self, total: Tensor, units: Tensor, weight: float = 1.0) -> None:
         """Add the decoded values times `weight` to some units of a running sum, in one pass.

@@ -73,6 +73,11 @@ class Trainer:
         self._data = task.prepare(data)
 
     @property
+    def data(self) -> Prepared:
+        """The client's rows, as the task prepared them."""
+        return self._data
+
+    @property
     def examples(self) -> int:
         """Distinct examples in the client's data set."""
         return len(self._data)

@@ -1,0 +1,30 @@
+"""What can be made of released bytes: one attack a file, each usable alone.
+
+Every attack knows all bytes of its coalition, the architecture, the scheme's source, the public
+base and the attacker's own data. Only the federation secret is withheld. Steps combine: collect
+(`union`, `average`, `intersect`, `extrapolate`), fill what is missing (`fill`), and train on
+(`heal`, `distil`).
+"""
+
+from fedveil.audit.attacks.averaging import average, intersect
+from fedveil.audit.attacks.distillation import distil
+from fedveil.audit.attacks.extrapolation import extrapolate
+from fedveil.audit.attacks.filling import fill
+from fedveil.audit.attacks.healing import Healing, heal
+from fedveil.audit.attacks.inference import UpdateGuess, infer_updates
+from fedveil.audit.attacks.loot import Loot
+from fedveil.audit.attacks.union import union
+
+__all__ = [
+    "Healing",
+    "Loot",
+    "UpdateGuess",
+    "average",
+    "distil",
+    "extrapolate",
+    "fill",
+    "heal",
+    "infer_updates",
+    "intersect",
+    "union",
+]

@@ -1,0 +1,98 @@
+"""Distillation: a fresh model taught by the stolen one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from fedveil.audit.attacks.healing import Healing, heal
+from fedveil.state import load_state
+from fedveil.training import Prepared, Training
+from fedveil.training.tasks import Batch, Dataset, Measure, Task
+
+__all__ = ["distil"]
+
+_TEMPERATURE = 2.0
+
+
+@runtime_checkable
+class HasLogits(Task, Protocol):
+    """A task whose models give scores that can be compared."""
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Scores per class, shape [B, C]."""
+
+
+def distil(
+    model: nn.Module,
+    task: HasLogits,
+    data: Prepared,
+    training: Training,
+    teacher: Mapping[str, Tensor],
+    student: Mapping[str, Tensor],
+    *,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Healing:
+    """Train a student to answer as the stolen model does, on the attacker's own inputs.
+
+    Labels are not needed. It carries over what a proxy knows and leaves its holes behind.
+    Distillation with temperature 2 as in arXiv 1503.02531.
+
+    Knows: the stolen model, a public one to begin with, his own data.
+
+    Args:
+        model: The architecture; its weights are overwritten.
+        task: What it is for; logits are compared.
+        data: The attacker's own.
+        training: How he trains.
+        teacher: The stolen model.
+        student: What the student begins as.
+        seed: As of :func:`heal`.
+        tell: Hears of each piece.
+    """
+    wise = copy.deepcopy(model).eval().requires_grad_(False)
+    load_state(wise, teacher)
+    return heal(model, _Taught(task, wise), data, training, student, seed=seed, tell=tell)
+
+
+class _Taught:
+    """The task, with another model's answers in the place of labels."""
+
+    def __init__(self, task: HasLogits, teacher: nn.Module) -> None:
+        self._task, self._teacher = task, teacher
+
+    @property
+    def name(self) -> str:
+        """See :class:`~fedveil.training.Task`."""
+        return self._task.name
+
+    def validate(self, data: Dataset) -> None:
+        """See :class:`~fedveil.training.Task`."""
+        self._task.validate(data)
+
+    def prepare(self, data: Dataset | Prepared) -> Prepared:
+        """See :class:`~fedveil.training.Task`."""
+        return self._task.prepare(data)
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """See :class:`~fedveil.training.Task`."""
+        return self._task.collate(rows)
+
+    def measure(self, model: nn.Module, batch: Batch) -> Measure:
+        """How well it answers as it should; the attacker stops by his own labels."""
+        return self._task.measure(model, batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean divergence from the teacher's answer, in nats, times the temperature squared."""
+        with torch.no_grad():
+            wanted = self._task.logits(self._teacher, batch).float() / _TEMPERATURE
+        found = self._task.logits(model, batch).float() / _TEMPERATURE
+        divergence = nn.functional.kl_div(
+            found.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True
+        )
+        return divergence * _TEMPERATURE**2

@@ -1,0 +1,106 @@
+"""Update inference: what a client learns of the others from two successive proxies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedveil.audit.evidence import Evidence, Kept, Proxy
+from fedveil.quantization import QuantizedTensor
+from fedveil.wire import Dense, Message
+
+__all__ = ["UpdateGuess", "infer_updates"]
+
+
+@dataclass(frozen=True)
+class UpdateGuess:
+    """A guess of what the other clients contributed to one round.
+
+    Attributes:
+        client: Who guesses.
+        round: The round that is guessed at; he was sent a proxy in it and in the next one.
+        cosine: Between the guess and the mean of the others' updates, on the elements that he was
+            shown twice: 1 is certainty, 0 is chance.
+        share: Of the model's weights that the guess is about, from 0 to 1.
+    """
+
+    client: str
+    round: int
+    cosine: float
+    share: float
+
+
+def infer_updates(evidence: Evidence, client: str) -> Iterator[UpdateGuess]:
+    """Take the difference of successive proxies, less his own part of it.
+
+    What a round added to the model is the mean of its clients' updates. A client who is sent the
+    model before and after sees that mean through the quantization, and knows his own part.
+
+    Knows: his proxies, his own updates, and how many clients took part. The others' updates are read to measure the guess only.
+
+    Yields:
+        A guess for each round of which updates were kept and after which he was sent a proxy again.
+    """
+    sent = {kept.round: kept for kept in evidence.proxies([client])}
+    updates: dict[int, list[Kept]] = {}
+    for kept in evidence.updates():
+        updates.setdefault(kept.round, []).append(kept)
+    for number in sorted(sent):
+        answers = updates.get(number, [])
+        others = [kept for kept in answers if kept.client != client]
+        if number + 1 in sent and others:
+            before, after = evidence.open(sent[number]), evidence.open(sent[number + 1])
+            own = next((kept for kept in answers if kept.client == client), None)
+            mine = {} if own is None else _update(evidence, own)
+            part = {name: update / len(answers) for name, update in mine.items()}
+            yield _guess(evidence, (before, after), part, others)
+
+
+def _guess(
+    evidence: Evidence, proxies: tuple[Proxy, Proxy], mine: Mapping[str, Tensor],
+    others: list[Kept],
+) -> UpdateGuess:  # fmt: skip
+    truth: dict[str, Tensor] = {}
+    for kept in others:
+        for name, update in _update(evidence, kept).items():
+            truth[name] = truth.get(name, torch.zeros_like(update)) + update / len(others)
+    changes, truths = [], []
+    for name, wanted in truth.items():
+        first, second = (_whole(proxy, name, wanted.shape) for proxy in proxies)
+        both = first.isfinite() & second.isfinite()
+        changes.append((second - first - mine.get(name, torch.zeros_like(wanted)))[both])
+        truths.append(wanted[both])
+    change, wanted = torch.cat(changes), torch.cat(truths)
+    cosine = torch.nn.functional.cosine_similarity(change, wanted, dim=0)
+    share = change.numel() / evidence.manifest.parameters
+    return UpdateGuess(proxies[0].client, proxies[0].round, float(cosine), share)
+
+
+def _whole(proxy: Proxy, name: str, shape: torch.Size) -> Tensor:
+    """A tensor as a proxy shows it; NaN where it does not."""
+    whole = torch.full(shape, torch.nan)
+    proxy.selection.scatter(name, proxy.part(name).float(), whole)
+    return whole
+
+
+def _update(evidence: Evidence, kept: Kept) -> dict[str, Tensor]:
+    """A client's update, whole: zero where he was released nothing."""
+    sent = next(one for one in evidence.proxies([kept.client]) if one.round == kept.round)
+    selection, message = evidence.open(sent).selection, kept.read()
+    updates = {}
+    for name, part in _tensors(message):
+        if name in evidence.manifest.tensors:
+            updates[name] = torch.zeros(evidence.manifest.tensors[name].shape)
+            selection.scatter(name, part, updates[name])
+    return updates
+
+
+def _tensors(message: Message) -> Iterator[tuple[str, Tensor]]:
+    for name, section in message.sections.items():
+        if isinstance(section, QuantizedTensor):
+            yield name, section.dequantize()
+        elif isinstance(section, Dense):
+            yield name, section.tensor.float()

@@ -1,0 +1,55 @@
+"""What a coalition holds of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedveil.audit.evidence import Proxy
+from fedveil.audit.manifest import Manifest
+
+__all__ = ["Loot"]
+
+
+@dataclass
+class Loot:
+    """Stolen values, and where there are any.
+
+    Attributes:
+        values: By tensor, whole: float32 for weights; zero where nothing is known.
+        known: By tensor, bool of the same shape.
+    """
+
+    values: dict[str, Tensor]
+    known: dict[str, Tensor]
+
+    @classmethod
+    def empty(cls, manifest: Manifest) -> Loot:
+        """Nothing at all."""
+        values, known = {}, {}
+        for name, info in manifest.tensors.items():
+            dtype = torch.float32 if info.is_floating_point else getattr(torch, info.dtype)
+            values[name] = torch.zeros(info.shape, dtype=dtype)
+            known[name] = torch.zeros(info.shape, dtype=torch.bool)
+        return cls(values, known)
+
+    def take(self, proxy: Proxy) -> None:
+        """Add a proxy; where it shows something, that replaces what was known before."""
+        for name in proxy.tensors:
+            proxy.selection.scatter(name, proxy.part(name), self.values[name])
+            self.known[name] |= shown(proxy, name, self.known[name])
+
+    def share(self) -> float:
+        """Which share of all weights is known, from 0 to 1."""
+        weights = [name for name, value in self.values.items() if value.is_floating_point()]
+        total = sum(self.known[name].numel() for name in weights)
+        return sum(int(self.known[name].sum()) for name in weights) / total
+
+
+def shown(proxy: Proxy, name: str, like: Tensor) -> Tensor:
+    """Which elements of a tensor a proxy shows: bool, whole shape."""
+    if not proxy.selection.positions(name):
+        return torch.ones_like(like, dtype=torch.bool)
+    return proxy.selection.released(name, like.shape).bool()

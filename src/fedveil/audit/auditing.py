@@ -1,0 +1,330 @@
+"""The audit of a run: attacks are tried, checks made, and what was found is put in words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from fedveil.audit.attacks import Loot, average, distil, extrapolate, fill, heal, intersect, union
+from fedveil.audit.attacks.distillation import HasLogits
+from fedveil.audit.checks import check
+from fedveil.audit.evidence import Evidence, Kept
+from fedveil.audit.exposure import Exposure
+from fedveil.audit.findings import Attacked, Audit, ClientExposure
+from fedveil.audit.words import NOT_PROTECTED, sentence
+from fedveil.errors import AuditError
+from fedveil.state import load_state, read_state
+from fedveil.training import Prepared, Task, Training, evaluate
+
+__all__ = ["Stage", "audit"]
+
+METRIC = "accuracy"
+_SOME = 1.0
+"""A gain of fewer points than this is no gain that a share could be taken of."""
+
+State = Mapping[str, Tensor]
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the owner has: attacks are made with what attackers have, and measured with this.
+
+    Attributes:
+        model: The architecture; its weights are overwritten.
+        task: What it is for.
+        test: The owner's test set.
+        training: How clients train; attackers do as well.
+        data: What each client has: an attacker has his own.
+        models: ``global`` (the final one), ``base`` and perhaps ``server_model``.
+        public: A model that anybody can get, of the same architecture; None if there is none.
+        seed: Decides what attackers leave to chance.
+    """
+
+    model: nn.Module
+    task: Task
+    test: Prepared
+    training: Training
+    data: Mapping[str, Prepared]
+    models: Mapping[str, State]
+    public: State | None = None
+    seed: int = 0
+
+    def measure(self, state: State) -> dict[str, float]:
+        """What a model reaches on the owner's test set."""
+        load_state(self.model, state)
+        return evaluate(self.model, self.task, self.test)
+
+    def pooled(self, clients: Sequence[str]) -> Prepared:
+        """What a coalition has."""
+        sets = [self.data[client] for client in clients]
+        rows = [row for data in sets for row in data.select(range(len(data)))]
+        lengths = [n for client in clients for n in self.data[client].lengths or ()]
+        return Prepared(rows, lengths if len(lengths) == len(rows) else None)
+
+
+def audit(
+    evidence: Evidence, stage: Stage, *, full: bool = False, tell: Tell = lambda text: None
+) -> Audit:
+    """Try what an attacker would, with exactly the bytes that clients received.
+
+    Args:
+        evidence: The run.
+        stage: What the owner has.
+        full: Try everything, with more coalitions and after every round; else a quick set.
+        tell: Hears of what is being done.
+
+    Raises:
+        AuditError: Messages are damaged, or of another run.
+
+    What it does NOT show: what a better attacker would reach. It is a floor under the leak, not a
+    bound on it.
+    """
+    started = time.perf_counter()
+    attempt = _Attempt(evidence, stage, tell)
+    alarms = check(evidence, tell)
+    tell("what each client was shown")
+    attempt.measure_models()
+    exposure, order = Exposure(evidence.manifest), list[str]()
+    # Of messages that do not fit their units nobody can say what is known: the alarm says enough.
+    if not any(alarm.raised for alarm in alarms if alarm.check == "withheld units"):
+        exposure = _exposure_of(evidence)
+        order = _by_what_they_saw(exposure)
+    for clients in _coalitions(order, stage, full):
+        attempt.by(clients, full)
+    found = Audit(
+        sentence="",
+        scheme=dict(evidence.manifest.configuration.get("scheme", {})),
+        rounds=len(evidence.rounds),
+        metric=METRIC,
+        models=attempt.models,
+        own=max(attempt.own.values(), key=lambda found: found[METRIC], default={}),
+        attacks=attempt.found,
+        alarms=alarms,
+        exposure={client: _exposed(evidence, exposure, client) for client in exposure.clients},
+        coalitions={size: exposure.share(order[:size]) for size in range(1, len(order) + 1)},
+        bytes_down=_bytes(evidence),
+        full=full,
+        seconds=time.perf_counter() - started,
+        not_protected=list(NOT_PROTECTED),
+    )
+    return replace(found, sentence=sentence(found))
+
+
+@dataclass
+class _Attempt:
+    """Attacks on one run, and what has come of them so far."""
+
+    evidence: Evidence
+    stage: Stage
+    tell: Tell
+    models: dict[str, dict[str, float]] = field(default_factory=dict)
+    own: dict[tuple[str, ...], dict[str, float]] = field(default_factory=dict)
+    found: list[Attacked] = field(default_factory=list)
+
+    def measure_models(self) -> None:
+        """What the owner's models reach, and the public one."""
+        public = {} if self.stage.public is None else {"public": self.stage.public}
+        for name, state in {**self.stage.models, **public}.items():
+            self.tell(f"measuring: {name}")
+            self.models[name] = self.stage.measure(state)
+
+    def by(self, clients: tuple[str, ...], full: bool) -> None:
+        """Everything that one coalition tries."""
+        sent = self.evidence.proxies(clients)
+        self._own_work(clients)
+        loot = union(self.evidence, sent)
+        start = self._with_holes("union", clients, sent, loot)
+        self._train("union", clients, sent, loot, start, full)
+        for last in self._shorter(sent) if full or len(clients) == 1 else ():
+            short = [kept for kept in sent if kept.round <= last]
+            self._with_holes("union", clients, short, union(self.evidence, short))
+        if full:
+            for name, collect in (
+                ("average", average), ("intersection", intersect), ("extrapolation", extrapolate),
+            ):  # fmt: skip
+                self._with_holes(name, clients, sent, collect(self.evidence, sent))
+
+    def _own_work(self, clients: tuple[str, ...]) -> None:
+        """What these clients reach without a released byte: the floor under every leak."""
+        stage, who = self.stage, _who(clients)
+        start = stage.public if stage.public is not None else _fresh(stage)
+        healed = heal(
+            stage.model, stage.task, stage.pooled(clients), stage.training, start,
+            seed=stage.seed, tell=lambda text: self.tell(f"{who}: own data alone, {text}"),
+        )  # fmt: skip
+        best = max((start, healed.state), key=lambda state: stage.measure(state)[METRIC])
+        self.own[clients] = stage.measure(best)
+        holes = "public" if stage.public is not None else "nothing"
+        self.found.append(
+            Attacked(
+                "own data alone", clients, 0, False, holes, "healing", self.own[clients],
+                leak=0.0, gain_shown=self._gain(self.own[clients]),
+            )
+        )  # fmt: skip
+
+    def _with_holes(
+        self, name: str, clients: tuple[str, ...], sent: Sequence[Kept], loot: Loot
+    ) -> State:
+        """Zeros, and the public model, in the place of what is missing; returns the better one."""
+        choices: dict[str, State | None] = {"zeros": None}
+        if self.stage.public is not None and loot.share() < 1:
+            choices["public"] = self.stage.public
+        tried: list[tuple[float, State]] = []
+        for holes, state in choices.items():
+            stolen = fill(loot, self.evidence.manifest, state)
+            measures = self._note(name, clients, sent, loot, stolen, holes, "")
+            tried.append((measures[METRIC], stolen))
+        return max(tried, key=lambda pair: pair[0])[1]
+
+    def _train(
+        self,
+        name: str,
+        clients: tuple[str, ...],
+        sent: Sequence[Kept],
+        loot: Loot,
+        start: State,
+        full: bool,
+    ) -> None:
+        stage, who = self.stage, _who(clients)
+        data = stage.pooled(clients)
+        holes = "zeros" if stage.public is None else "best of both"
+        healed = heal(
+            stage.model, stage.task, data, stage.training, start,
+            seed=stage.seed, tell=lambda text: self.tell(f"{who}: healing, {text}"),
+        )  # fmt: skip
+        self._note(name, clients, sent, loot, healed.state, holes, "healing")
+        if full and isinstance(stage.task, HasLogits):
+            student = stage.public if stage.public is not None else _fresh(stage)
+            taught = distil(
+                stage.model, stage.task, data, stage.training, start, student,
+                seed=stage.seed, tell=lambda text: self.tell(f"{who}: distilling, {text}"),
+            )  # fmt: skip
+            self._note(name, clients, sent, loot, taught.state, holes, "distillation")
+
+    def _note(
+        self,
+        name: str,
+        clients: tuple[str, ...],
+        sent: Sequence[Kept],
+        loot: Loot,
+        stolen: State,
+        holes: str,
+        polish: str,
+    ) -> dict[str, float]:
+        self.tell(f"{_who(clients)}: measuring {name}, holes: {holes}")
+        measures = self.stage.measure(stolen)
+        released, withheld = _errors(stolen, self.stage.models["global"], loot)
+        own, top = self.own[clients][METRIC], self.models["global"][METRIC]
+        leak = (measures[METRIC] - own) / (top - own) if top - own >= _SOME else None
+        self.found.append(
+            Attacked(
+                name, clients, len({kept.round for kept in sent}), True, holes, polish, measures,
+                leak, self._gain(measures), released, withheld,
+            )
+        )  # fmt: skip
+        return measures
+
+    def _gain(self, measures: Mapping[str, float]) -> float | None:
+        base, top = self.models["base"][METRIC], self.models["global"][METRIC]
+        return (measures[METRIC] - base) / (top - base) if top - base >= _SOME else None
+
+    def _shorter(self, sent: Sequence[Kept]) -> list[int]:
+        """Rounds after which an attacker may have stopped listening, but for the last."""
+        return sorted({kept.round for kept in sent})[:-1]
+
+
+def _coalitions(order: Sequence[str], stage: Stage, full: bool) -> Iterator[tuple[str, ...]]:
+    """Who attacks: one client, larger and larger coalitions, all."""
+    order = [client for client in order if client in stage.data]
+    sizes = {1, len(order)} | ({2, 4, 8} if full else {2})
+    for size in sorted(size for size in sizes if 0 < size <= len(order)):
+        yield tuple(sorted(order[:size]))
+
+
+def _exposure_of(evidence: Evidence) -> Exposure:
+    """Counted anew, from the bytes themselves.
+
+    Raises:
+        AuditError: A message is not the one that the run wrote down: it is of another run.
+    """
+    exposure, written = Exposure(evidence.manifest), Exposure(evidence.manifest, evidence.folder)
+    for kept in evidence.proxies():
+        exposure.record(kept.read())
+    known = {(number, client): shown.to_json() for number, client, shown in written.releases()}
+    for number, client, shown in exposure.releases():
+        if known.get((number, client), shown.to_json()) != shown.to_json():
+            raise AuditError(
+                "A kept message is not the one that the run released",
+                expected="the units that exposure.jsonl lists",
+                found="others",
+                where=f"round {number}, client {client}",
+                fix="Audit a run with its own messages.",
+            )
+    return exposure
+
+
+def _by_what_they_saw(exposure: Exposure) -> list[str]:
+    """Clients so that each adds most to what those before hold; ties go to who was sent more."""
+    sent = {name: [number for number, *_ in exposure.releases([name])] for name in exposure.clients}
+    chosen: list[str] = []
+    while len(chosen) < len(sent):
+        rest = [name for name in sent if name not in chosen]
+        chosen.append(
+            max(
+                rest,
+                key=lambda name: (
+                    exposure.share([*chosen, name]), sent[name][-1], len(sent[name]), name,
+                ),
+            )
+        )  # fmt: skip
+    return chosen
+
+
+def _errors(stolen: State, truth: State, loot: Loot) -> tuple[float | None, float | None]:
+    """Relative errors of weights where they are known, and where they are not."""
+    sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
+    for name, known in loot.known.items():
+        if not truth[name].is_floating_point():
+            continue
+        wanted = truth[name].float()
+        apart, size = (stolen[name].float() - wanted).square(), wanted.square()
+        for side, where in ((True, known), (False, ~known)):
+            sums[side][0] += float(apart[where].sum())
+            sums[side][1] += float(size[where].sum())
+    errors = [(a / b) ** 0.5 if b > 0 else None for a, b in (sums[True], sums[False])]
+    return errors[0], errors[1]
+
+
+def _exposed(evidence: Evidence, exposure: Exposure, client: str) -> ClientExposure:
+    scheme = evidence.manifest.configuration.get("scheme", {})
+    share = exposure.share([client])
+    # A new mask shows each unit that it may show with the same chance; masks that stay, nothing.
+    fresh = scheme.get("policy") == "fresh"
+    unseen = exposure.share(exposure.clients) - share
+    added = unseen * (1 - scheme.get("client_mask", 0.0)) if fresh else 0.0
+    return ClientExposure(share, exposure.mean_bits([client]), exposure.history(client), added)
+
+
+def _bytes(evidence: Evidence) -> dict[str, int]:
+    sent = dict.fromkeys(evidence.clients, 0)
+    for kept in evidence.proxies():
+        sent[kept.client] += kept.path.stat().st_size
+    return sent
+
+
+def _fresh(stage: Stage) -> State:
+    """An untrained model: what an attacker begins with who has no public one."""
+    torch.manual_seed(stage.seed)
+    for module in stage.model.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    return {name: tensor.clone() for name, tensor in read_state(stage.model).items()}
+
+
+def _who(clients: Sequence[str]) -> str:
+    return clients[0] if len(clients) == 1 else f"{len(clients)} clients together"

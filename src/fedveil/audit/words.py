@@ -1,0 +1,70 @@
+"""What an audit found, in words."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fedveil.audit.findings import Attacked, Audit
+
+__all__ = ["NOT_PROTECTED", "sentence", "title"]
+
+NOT_PROTECTED: Final = (
+    "Attacks show what is possible at least: a better attacker may reach more.",
+    "What was released was released: an attacker may wait for better methods, or for another "
+    "proxy from the next run.",
+    "The base that the federation began with is protected only as far as it was not released and "
+    "is not public.",
+    "The clients' data are not looked at here: what updates tell of them is another question.",
+    "Whoever attacks with more data than the clients have needs less of what was released.",
+)
+
+_TITLES: Final = {
+    "own data alone": "own data alone",
+    "union": "all values that were shown, newest first",
+    "average": "the mean of all values that were shown",
+    "intersection": "intersected intervals of quantized values",
+    "extrapolation": "the next model, guessed from the last two",
+}
+
+
+def title(attack: Attacked) -> str:
+    """What was done, for people who were not there."""
+    parts = [_TITLES.get(attack.attack, attack.attack)]
+    if attack.released:
+        parts.append(f"holes: {attack.holes}")
+    if attack.polish:
+        parts.append(attack.polish)
+    return ", ".join(parts)
+
+
+def sentence(audit: Audit) -> str:
+    """The answer to "what did my partners learn of my model?"."""
+    top = audit.models["global"][audit.metric]
+    alone, together = _strongest_of(audit, 1), audit.strongest
+    text = f"Your model reaches {top:.1f} %."
+    if alone is not None:
+        text += f" With what it was sent the best-informed client gets to {_reached(audit, alone)}."
+    if alone is not None and together is not None and len(together.clients) > 1:
+        count = len(together.clients)
+        text += f" {count} clients who pool everything get to {_reached(audit, together)}."
+    raised = [alarm.check for alarm in audit.alarms if alarm.raised]
+    if raised:
+        text += f" {len(raised)} of {len(audit.alarms)} checks raise an alarm: {', '.join(raised)}."
+    return text
+
+
+def _reached(audit: Audit, attack: Attacked) -> str:
+    """How far an attack got, and how far the same clients get without it."""
+    text = f"{attack.measures[audit.metric]:.1f} %"
+    own = next((a for a in audit.attacks if not a.released and a.clients == attack.clients), None)
+    if own is not None:
+        text += f", and to {own.measures[audit.metric]:.1f} % without a released byte"
+    if attack.leak is not None:
+        share = max(0.0, attack.leak)
+        text += f": {share:.0%} of what your model is ahead of that has leaked"
+    return text
+
+
+def _strongest_of(audit: Audit, clients: int) -> Attacked | None:
+    tried = [a for a in audit.attacks if a.released and len(a.clients) == clients]
+    return max(tried, key=lambda attack: attack.measures[audit.metric], default=None)

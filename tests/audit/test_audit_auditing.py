@@ -1,0 +1,227 @@
+"""Whole audits of small runs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from audit_samples import changed, net
+from torch import nn
+
+import fedveil
+import toys
+from fedveil.audit import Audit, Evidence, audit
+from fedveil.audit.words import title
+from fedveil.errors import AuditError
+from fedveil.schemes import FedAvg, FedQSN
+from fedveil.training import ImageClassification, Training
+from fedveil.wire import Dense
+
+CLASSES = 4
+RULE = torch.randn(CLASSES, 16, generator=torch.Generator().manual_seed(1))
+
+
+def examples(count, seed, classes=range(CLASSES)):
+    """Images [1, 4, 4] and which row of a matrix they agree with most."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    while len(found) < count:
+        image = torch.randn(1, 4, 4, generator=generator)
+        label = int((RULE @ image.flatten()).argmax())
+        if label in classes:
+            found.append({"image": image, "label": label})
+    return found
+
+
+def wide(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, CLASSES))
+
+
+def federation(out, scheme, **changes):
+    clients = {f"c{i}": examples(60, i, (i, (i + 1) % CLASSES)) for i in range(CLASSES)}
+    settings = {
+        "task": ImageClassification(num_labels=CLASSES), "scheme": scheme, "out": out,
+        "training": Training(steps=15, batch_size=16, learning_rate=0.01),
+        "test": examples(400, 99), "secret": toys.SECRET, "keep_messages": True, **changes,
+    }  # fmt: skip
+    return fedveil.Federation(wide(), clients, **settings)
+
+
+def audited(out, scheme, rounds=4, full=False, **changes):
+    run = federation(out, scheme, **changes)
+    run.run(rounds)
+    return audit(Evidence(out), run.stage(wide(seed=7)), full=full)
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    """The paper's recipe: fresh masks."""
+    return audited(tmp_path_factory.mktemp("paper"), FedQSN.paper(units="neurons"), 6, full=True)
+
+
+def best(found, clients, **more):
+    tried = [a for a in found.attacks if a.released and len(a.clients) == clients]
+    tried = [a for a in tried if all(getattr(a, k) == v for k, v in more.items())]
+    return max(attack.measures["accuracy"] for attack in tried)
+
+
+class TestThePapersRecipe:
+    def test_the_union_over_rounds_reaches_the_server_model(self, paper):
+        server = paper.models["server_model"]["accuracy"]
+        assert best(paper, 1, attack="union", rounds=6) > server - 5
+        assert best(paper, 1, attack="union", rounds=1) < server - 10
+
+    def test_more_clients_and_more_rounds_know_more(self, paper):
+        errors = {
+            (len(a.clients), a.rounds): a.error_released
+            for a in paper.attacks
+            if (a.attack, a.holes, a.polish) == ("union", "zeros", "")
+        }
+        assert errors[1, 6] < errors[1, 1]
+        assert {size for size, _ in errors} == {1, 2, 4}
+
+    def test_withheld_units_are_unknown_and_released_ones_are_known(self, paper):
+        plain = [a for a in paper.attacks if (a.holes, a.polish) == ("zeros", "") and a.rounds == 6]
+        assert plain
+        for attack in plain:
+            assert attack.error_withheld == pytest.approx(1)
+            assert attack.error_released < 0.6
+
+    def test_everything_was_tried(self, paper):
+        assert {attack.attack for attack in paper.attacks} == {
+            "own data alone", "union", "average", "intersection", "extrapolation",
+        }  # fmt: skip
+        assert {attack.polish for attack in paper.attacks} == {"", "healing", "distillation"}
+        assert {attack.holes for attack in paper.attacks} >= {"zeros", "public"}
+        assert all(title(attack) for attack in paper.attacks)
+
+    def test_leaks_are_what_they_are_said_to_be(self, paper):
+        top = paper.models["global"]["accuracy"]
+        base = paper.models["base"]["accuracy"]
+        for attack in paper.attacks:
+            own = next(
+                a for a in paper.attacks if not a.released and a.clients == attack.clients
+            ).measures["accuracy"]
+            reached = attack.measures["accuracy"]
+            if attack.released and attack.leak is not None:
+                assert attack.leak == pytest.approx((reached - own) / (top - own))
+            assert attack.gain_shown == pytest.approx((reached - base) / (top - base))
+
+    def test_the_sentence_tells_the_worst(self, paper):
+        assert f"reaches {paper.models['global']['accuracy']:.1f} %" in paper.sentence
+        assert f"{best(paper, 1):.1f} %" in paper.sentence
+        assert "alarm" not in paper.sentence
+
+    def test_exposure_grows_with_rounds(self, paper):
+        for one in paper.exposure.values():
+            shares = list(one.after.values())
+            assert shares == sorted(shares)
+            assert shares[-1] == one.share > shares[0]
+            assert list(one.after) == [1, 2, 3, 4, 5, 6]
+            assert 0 <= one.next < 0.1
+        sizes = list(paper.coalitions.values())
+        assert sizes == sorted(sizes)
+        assert list(paper.coalitions) == [1, 2, 3, 4]
+
+    def test_it_survives_being_written(self, paper, tmp_path):
+        paper.write(tmp_path)
+        assert Audit.read(tmp_path) == paper
+        json.loads((tmp_path / "audit.json").read_text())
+
+
+def test_fedavg_leaks_everything(tmp_path):
+    found = audited(tmp_path, FedAvg())
+    strongest = found.strongest
+    assert strongest.measures["accuracy"] > found.models["global"]["accuracy"] - 6
+    assert all(one.share == 1 for one in found.exposure.values())
+
+
+def test_one_release_shows_nothing_of_the_gain(tmp_path):
+    scheme = FedQSN(units="neurons", client_mask=0.0, aggregation="regmean")
+    found = audited(tmp_path, scheme, rounds=1, releases=1)
+    plain = [a for a in found.attacks if a.released and not a.polish]
+    base, top = (found.models[name]["accuracy"] for name in ("base", "global"))
+    assert top > base + 20
+    # The base is what was released; untrained, it is worth as much as chance.
+    assert all(attack.measures["accuracy"] < base + 10 for attack in plain)
+
+
+def test_it_repeats_itself_and_changes_nothing(tmp_path):
+    run = federation(tmp_path, FedQSN(units="neurons"))
+    run.run(2)
+    before = toys.files(tmp_path)
+    one, other = (
+        replace(audit(Evidence(tmp_path), run.stage(wide(7))), seconds=0) for _ in range(2)
+    )
+    assert one == other
+    assert toys.files(tmp_path) == before
+
+
+def test_without_a_public_model_attackers_begin_at_nothing(tmp_path):
+    run = federation(tmp_path, FedQSN(units="neurons"))
+    run.run(2)
+    found = audit(Evidence(tmp_path), run.stage())
+    assert "public" not in found.models
+    assert {attack.holes for attack in found.attacks if attack.released} == {"zeros"}
+    assert {attack.holes for attack in found.attacks if not attack.released} == {"nothing"}
+
+
+def test_messages_that_show_too_much_are_an_alarm_and_no_crash(tmp_path):
+    run = federation(tmp_path, FedQSN(units="neurons"))
+    run.run(1)
+    kept = Evidence(tmp_path).proxies()[0]
+    message = changed(kept.read(), {"hint": Dense(torch.zeros(3))})
+    kept.path.write_bytes(message.to_bytes())
+    found = audit(Evidence(tmp_path), run.stage())
+    assert found.attacks == []
+    assert "withheld units" in found.sentence
+    assert found.strongest is None
+
+
+class TestBadInput:
+    def test_messages_of_another_run(self, tmp_path):
+        runs = []
+        for name, secret in (("one", toys.SECRET), ("other", fedveil.Secret(bytes(32)))):
+            run = federation(tmp_path / name, FedQSN(units="neurons"), secret=secret)
+            run.run(1)
+            runs.append(run)
+        for kept in Evidence(tmp_path / "other").proxies():
+            target = tmp_path / "one" / kept.path.relative_to(tmp_path / "other")
+            target.write_bytes(kept.path.read_bytes())
+        with pytest.raises(AuditError, match="not the one that the run released"):
+            audit(Evidence(tmp_path / "one"), runs[0].stage())
+
+    def test_no_finished_round(self, tmp_path):
+        with pytest.raises(AuditError, match="no finished round"):
+            federation(tmp_path, FedQSN(units="neurons")).stage()
+
+    def test_no_test_set(self, tmp_path):
+        with pytest.raises(AuditError, match="test set"):
+            federation(tmp_path, FedQSN(units="neurons"), test=None).stage()
+
+    def test_no_folder(self):
+        run = federation(None, FedQSN(units="neurons"), keep_messages=False)
+        with pytest.raises(AuditError, match="no folder"):
+            run.stage()
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [("{", "cannot be read"), ("{}", "another version"), ('{"format": 1}', "damaged")],
+    )
+    def test_a_damaged_audit(self, tmp_path, text, problem):
+        (tmp_path / "audit.json").write_text(text)
+        with pytest.raises(AuditError, match=problem):
+            Audit.read(tmp_path)
+
+    def test_no_audit(self, tmp_path):
+        with pytest.raises(AuditError, match="fedveil audit"):
+            Audit.read(tmp_path)
+
+
+def test_the_toy_net_has_no_tensor_that_is_cut_twice():
+    # Otherwise its own quantizing would raise an alarm.
+    groups = FedQSN(units="neurons").server(net(), toys.SECRET).groups
+    axes = {}
+    for part in (part for group in groups for part in group.slices):
+        axes.setdefault(part.tensor, set()).add(part.axis)
+    assert all(len(found) == 1 for found in axes.values())
