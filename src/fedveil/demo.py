@@ -6,6 +6,7 @@ The same numbers come out every time.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import time
@@ -20,12 +21,14 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
+from fedveil.audit import Evidence, audit
 from fedveil.config.models import quiet_transformers
 from fedveil.data import bbc_news, minilm_folder, partition
 from fedveil.engine import Evaluation, Observer
 from fedveil.engine.workers import start_importing, threads
 from fedveil.federation import Federation, Result
 from fedveil.report import ConsoleProgress, plot, summarize, table, write_summary
+from fedveil.report.page import write_page
 from fedveil.schemes import FedAvg, FedQSN, Scheme
 from fedveil.secret import Secret
 from fedveil.training import Prepared, TextClassification, Trainer, Training
@@ -49,6 +52,11 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 RELEASED_ONCE = ("fedqsn-regmean",)
 """Schemes that release one proxy per client, and let the clients do all their work on that."""
+AUDITED = ("fedqsn-paper", "fedqsn-regmean")
+"""Schemes whose bytes are kept, and attacked at the end: as published, and with one release."""
+
+_AUDIT_THREADS = 2
+"""Always as many, for the same figures; the workers are gone by then."""
 
 _WORKER_MODULES = ("transformers.models.bert.modeling_bert", "fedveil.training")
 _OWNER_TRAINING = Training(steps=24, learning_rate=1e-4)
@@ -104,9 +112,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scene:
-    """The owner's base and test set, and what each client has."""
+    """The owner's base and test set, and what each client has; and what everybody can get."""
 
     base: nn.Module
+    public: nn.Module
     tokenizer: Any
     task: TextClassification
     clients: Mapping[str, Prepared]
@@ -141,10 +150,14 @@ def run_demo(
             at = setting.at_once() if name in RELEASED_ONCE else setting
             console.print(f"\n[bold]{name}[/bold]: {_work(at)}")
             started = time.perf_counter()
-            federation = build_federation(scene, at, scheme, workers, out / name, progress)
+            federation = build_federation(
+                scene, at, scheme, workers, out / name, progress, keep=name in AUDITED
+            )
             result = federation.run(at.rounds, overwrite=True)
             seconds = time.perf_counter() - started
             schemes[name] = summarize(name, result, seconds=seconds, base=base, own_data=own_data)
+            if name in AUDITED:
+                _audit(out / name, federation, scene, console)
     _report(out, result, schemes, scene, console)
 
 
@@ -168,10 +181,11 @@ def prepare(setting: Setting) -> Scene:
         tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
         model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=5)
     task = TextClassification(tokenizer, num_labels=5, max_length=setting.max_length)
+    public = copy.deepcopy(model)
     with threads(1):
         Trainer(task, owner, setting.owner_training).train(model, seed=setting.seed)
     prepared = {name: task.prepare(data) for name, data in clients.items()}
-    return Scene(model, tokenizer, task, prepared, task.prepare(test))
+    return Scene(model, public, tokenizer, task, prepared, task.prepare(test))
 
 
 def own_data_alone(
@@ -200,6 +214,8 @@ def build_federation(
     out: Path | None = None,
     observer: Observer | None = None,
     evaluation: Evaluation | None = None,
+    *,
+    keep: bool = False,
 ) -> Federation:
     """The scene's clients under one scheme."""
     return Federation(
@@ -217,8 +233,19 @@ def build_federation(
         seed=setting.seed,
         workers=workers,
         out=out,
+        keep_messages="proxies" if keep else False,
         observer=observer,
     )
+
+
+def _audit(folder: Path, federation: Federation, scene: Scene, console: Console) -> None:
+    """What attackers make of what was sent, in a sentence; the page tells the rest."""
+    with console.status("audit") as status, threads(_AUDIT_THREADS):
+        found = audit(Evidence(folder), federation.stage(scene.public), tell=status.update)
+    found.write(folder)
+    page = write_page(folder)
+    console.print(Text(found.sentence, style="bold"), soft_wrap=True)
+    console.print(Text(f"audit, {found.seconds:.0f} s: {page}"), soft_wrap=True)
 
 
 def _work(setting: Setting) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -93,7 +93,8 @@ class Federation:
         seed: Decides sampling, batch order and dropout; nothing secret.
         workers: Client processes, one thread each. Results do not depend on it.
         out: Run folder for ``metrics.jsonl`` and checkpoints; None writes nothing.
-        keep_messages: Keep exactly the bytes each client received and returned, under ``out``.
+        keep_messages: Keep exactly the bytes each client received and returned, under ``out``; with
+            "proxies" only what it received, which is enough for an audit.
         observer: Hears of every event.
         copy: Whether to take a copy of the model, which never leaves the server. False reads the
             model itself, which must then stay as it is: a full copy less in memory, and one that is
@@ -101,8 +102,8 @@ class Federation:
             of its own at all.
 
     Attributes:
-        config_file: The file that describes the federation, if one does: it is noted in ``run.json``,
-            so that the run can be audited from its folder alone.
+        config_file: The file that describes the federation, if one does: ``run.json`` names it, so
+            that the run can be audited from its folder alone.
 
     Does NOT protect what the scheme does not protect: read the docstring of the scheme. In process,
     clients share a machine with the owner; separation between companies takes an engine that runs
@@ -131,7 +132,7 @@ class Federation:
         seed: int = 0,
         workers: int = 1,
         out: str | Path | None = None,
-        keep_messages: bool = False,
+        keep_messages: bool | Literal["proxies"] = False,
         observer: Observer | None = None,
         copy: bool = True,
     ) -> None:
@@ -142,6 +143,12 @@ class Federation:
         _check_count("releases", releases, None)
         _check_count("workers", workers, None)
         _check_limit(exposure_limit)
+        if keep_messages not in (True, False, "proxies"):
+            raise ConfigurationError(
+                "The setting 'keep_messages' is unknown",
+                expected="true, false or 'proxies'",
+                found=repr(keep_messages),
+            )
         if keep_messages and out is None:
             raise ConfigurationError(
                 "keep_messages needs a place to keep them", fix="Give the run a folder with out=..."
@@ -221,6 +228,11 @@ class Federation:
         del engine, measured, server  # the result needs room
         model = with_state(self._model, final)
         return Result(model, records, base, _fp32_bytes(model))
+
+    @property
+    def model(self) -> nn.Module:
+        """The base: what the federation begins with. Not to be changed."""
+        return self._model
 
     def stage(self, public: nn.Module | None = None) -> Stage:
         """What an audit of the run in ``out`` measures with; see :func:`fedveil.audit.audit`.

@@ -160,7 +160,7 @@ class Audit:
                 where=str(folder),
                 fix=f"Run: fedveil audit {folder}",
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise AuditError(
                 "The audit cannot be read", found=str(error), where=str(path)
             ) from error
@@ -173,7 +173,7 @@ class Audit:
             )
         try:
             return cls._from_json(values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AuditError("The audit is damaged", found=repr(error), where=str(path)) from error
 
     @classmethod

@@ -118,7 +118,7 @@ class Manifest:
                 where=str(folder),
                 fix="Give the folder that the run was told to write to (out).",
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{NAME} cannot be read", found=str(error), where=str(path)
             ) from (error)
@@ -131,7 +131,7 @@ class Manifest:
             )
         try:
             return cls._from_json(values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{NAME} is damaged", found=repr(error), where=str(path)) from (
                 error
             )

@@ -20,10 +20,10 @@ NOT_PROTECTED: Final = (
 
 _TITLES: Final = {
     "own data alone": "own data alone",
-    "union": "all values that were shown, newest first",
-    "average": "the mean of all values that were shown",
-    "intersection": "intersected intervals of quantized values",
-    "extrapolation": "the next model, guessed from the last two",
+    "union": "union of all that was sent, newest first",
+    "average": "mean of all that was sent",
+    "intersection": "intersection of the intervals of codes",
+    "extrapolation": "next model, guessed from the last two",
 }
 
 
@@ -61,7 +61,7 @@ def _reached(audit: Audit, attack: Attacked) -> str:
         text += f", and to {own.measures[audit.metric]:.1f} % without a released byte"
     if attack.leak is not None:
         share = max(0.0, attack.leak)
-        text += f": {share:.0%} of what your model is ahead of that has leaked"
+        text += f": {100 * share:.0f} % of what your model is ahead of that has leaked"
     return text
 
 

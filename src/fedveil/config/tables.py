@@ -116,7 +116,8 @@ class FederationTable(Table):
         workers: Client processes.
         secret_file: Where the federation secret is; made on the first run.
         out: Run folder; "runs/" and the file's own name by default.
-        keep_messages: Keep exactly the bytes that clients received and returned.
+        keep_messages: Keep exactly the bytes that clients received and returned; "proxies" keeps
+            those that they received.
     """
 
     rounds: AtLeastOne = 5
@@ -127,7 +128,7 @@ class FederationTable(Table):
     workers: AtLeastOne = 1
     secret_file: Word = "federation.secret"  # noqa: S105  the name of a file
     out: Word | None = None
-    keep_messages: bool = False
+    keep_messages: bool | Literal["proxies"] = False
 
 
 def table_of(settings: type) -> type[Table]:

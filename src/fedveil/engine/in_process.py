@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -94,7 +94,8 @@ class InProcess:
         workers: Client processes.
         evaluation: What is measured.
         folder: Where ``metrics.jsonl``, checkpoints and messages go; None writes nothing.
-        keep_messages: Keep exactly the bytes that each client received, and its reply.
+        keep_messages: Keep exactly the bytes that each client received, and its reply; or
+            "proxies", what clients received alone.
     """
 
     server: ServerSide
@@ -109,7 +110,7 @@ class InProcess:
     workers: int
     evaluation: Evaluation
     folder: Path | None
-    keep_messages: bool
+    keep_messages: bool | Literal["proxies"]
     observer: Observer
 
     def run(self, rounds: int, *, resume: bool) -> list[RoundRecord]:
@@ -359,6 +360,8 @@ class InProcess:
     def _keep(self, number: int, client: str, kind: str, data: bytearray | memoryview) -> None:
         if self.folder is None or not self.keep_messages:
             return
+        if self.keep_messages == "proxies" and kind != "proxy":
+            return
         folder = self.folder / "messages" / f"round-{number:06d}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -376,7 +379,7 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run wrote into its folder, and nothing else."""
     for name in ("checkpoints", "messages", _CLIENTS):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "run.json", "exposure.jsonl", "audit.json"):
+    for name in ("metrics.jsonl", "run.json", "exposure.jsonl", "audit.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -39,7 +39,8 @@ def infer_updates(evidence: Evidence, client: str) -> Iterator[UpdateGuess]:
     What a round added to the model is the mean of its clients' updates. A client who is sent the
     model before and after sees that mean through the quantization, and knows his own part.
 
-    Knows: his proxies, his own updates, and how many clients took part. The others' updates are read to measure the guess only.
+    Knows: his proxies, his own updates, and how many clients took part. The others' updates are
+    read to measure the guess only.
 
     Yields:
         A guess for each round of which updates were kept and after which he was sent a proxy again.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedveil.config import Config
     from fedveil.federation import Result
 
-__all__ = ["main"]
+__all__ = ["Debug", "app", "main", "say", "wide_console"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
@@ -182,7 +182,7 @@ def run(
     console = Console()
     fresh = not config.secret_path.exists()
     open_secret(config)
-    _say(console, f"secret: {config.secret_path}" + (" (new: keep it, keep it safe)" * fresh))
+    say(console, f"secret: {config.secret_path}" + (" (new: keep it, keep it safe)" * fresh))
     with ConsoleProgress(console) as progress:
         federation = build(config, observer=progress)
         result = federation.run(config.federation.rounds, resume=resume, overwrite=overwrite)
@@ -253,7 +253,7 @@ def units(
         name, folder = config.model.name, config.path.parent
         choice = choice or getattr(config.scheme, "units", None)
     owned = load_untouched(name, folder)
-    _wide_console().print(unit_table(read_state(owned), find_units(owned, choice or "mlp")))
+    wide_console().print(unit_table(read_state(owned), find_units(owned, choice or "mlp")))
 
 
 @app.command()
@@ -278,7 +278,7 @@ def inspect(
     if not message.is_file():
         raise ConfigurationError("There is no such file", where=str(message))
     data = message.read_bytes()
-    _wide_console().print(message_table(Message.from_bytes(data), len(data)))
+    wide_console().print(message_table(Message.from_bytes(data), len(data)))
 
 
 @app.command()
@@ -328,7 +328,7 @@ def statistics(
     out.parent.mkdir(parents=True, exist_ok=True)
     measured.save(out)
     size = human_bytes(out.stat().st_size)
-    _say(console, f"{method} statistics of {measured.examples} examples: {out} ({size})")
+    say(console, f"{method} statistics of {measured.examples} examples: {out} ({size})")
 
 
 @app.command()
@@ -400,13 +400,13 @@ def merge(
             overwrite=overwrite,
             show=show,
         )
-    _say(console, f"merged {len(merged.common.merged)} tensors of {len(models)} models by {method}")
+    say(console, f"merged {len(merged.common.merged)} tensors of {len(models)} models by {method}")
     if merged.common.kept:
-        _say(console, f"kept as each model's own: {', '.join(merged.common.kept)}")
+        say(console, f"kept as each model's own: {', '.join(merged.common.kept)}")
     for warning in merged.warnings:
         _complain("warning", warning)
     for folder in merged.folders:
-        _say(console, f"merged model: {folder}")
+        say(console, f"merged model: {folder}")
 
 
 def _check_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
@@ -437,9 +437,9 @@ def _report(console: Console, config: Config, result: Result) -> None:
     console.print()
     console.print(table(summary))
     console.print()
-    _say(console, f"figures: {figures}, {config.out / 'metrics.jsonl'}")
-    _say(console, f"picture: {config.out / 'summary.png'}")
-    _say(console, f"your tuned model: {model}")
+    say(console, f"figures: {figures}, {config.out / 'metrics.jsonl'}")
+    say(console, f"picture: {config.out / 'summary.png'}")
+    say(console, f"your tuned model: {model}")
 
 
 def _save_model(config: Config, model: nn.Module) -> Path:
@@ -461,7 +461,8 @@ def _save_model(config: Config, model: nn.Module) -> Path:
     return folder
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, without markup."""
     console.print(Text(line), soft_wrap=True)
 
 
@@ -474,14 +475,17 @@ def _bars(console: Console) -> Iterator[Callable[[str], Callable[[int, int], Non
 
         def begin(title: str) -> Callable[[int, int], None]:
             if not console.is_terminal:
-                _say(console, title)
+                say(console, title)
             task = progress.add_task(escape(title), total=None)
             return lambda done, total: progress.update(task, completed=done, total=total)
 
         yield begin
 
 
-def _wide_console() -> Console:
+def wide_console() -> Console:
     """A console for tables with long names: where no screen sets a width, they are not folded."""
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_WIDE)
+
+
+from fedveil.cli import audits  # noqa: E402, F401  commands register themselves

@@ -1,0 +1,209 @@
+"""Commands that look at a run afterwards: audit, report, compare, trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedveil.cli import Debug, app, say, wide_console
+from fedveil.errors import AuditError, ConfigurationError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedveil.audit import Audit
+    from fedveil.audit.tracing import Trace
+    from fedveil.config import Config
+    from fedveil.federation import Federation
+
+Run = Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]
+
+_BASE, _NONE = "base", "none"
+
+
+@app.command()
+def audit(
+    run: Run,
+    full: Annotated[
+        bool, typer.Option("--full", help="Try everything: longer, and more coalitions.")
+    ] = False,
+    public: Annotated[
+        str,
+        typer.Option(
+            help='What anybody can get: "base" (what the run began with), "none", or a model.'
+        ),
+    ] = _BASE,
+    debug: Debug = False,
+) -> None:
+    """Try what an attacker would with exactly the bytes that clients were sent.
+
+    The run must have kept its messages ([bold]keep_messages[/bold]) and have a test set. Writes
+    audit.json and report.html into the run folder.
+
+    [bold]Examples[/bold]
+
+      fedveil audit runs/federation
+
+      fedveil audit runs/federation --full --public none
+    """
+    from fedveil.audit import Evidence
+    from fedveil.audit import audit as attack
+    from fedveil.report.audit_table import alarm_lines, attack_table
+    from fedveil.report.page import write_page
+
+    console, evidence = Console(), Evidence(run)
+    with console.status("reading the run") as status:
+        config, federation = _reopen(run)
+        stage = federation.stage(_public(public, config, federation))
+
+        def tell(what: str) -> None:
+            status.update(what)
+
+        found = attack(evidence, stage, full=full, tell=tell)
+    path = found.write(run)
+    page = write_page(run)
+    _show(found)
+    console.print(attack_table(found))
+    for line in alarm_lines(found):
+        console.print(line)
+    console.print()
+    say(console, f"figures: {path}")
+    say(console, f"page: {page}")
+
+
+@app.command()
+def report(
+    run: Run,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write.", show_default="RUN/report.html")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write one page about a run: what was learned, what was shown, what an audit found.
+
+    The page needs no network and nothing beside it. It names clients and shows how good the model
+    is: it is the owner's to show.
+
+    [bold]Examples[/bold]
+
+      fedveil report runs/federation
+    """
+    from fedveil.report.page import write_page
+
+    say(Console(), f"page: {write_page(run, out)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="A picture to write: .png, .svg or .pdf.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Set runs of one task side by side: what they reach, and what they leak.
+
+    [bold]Examples[/bold]
+
+      fedveil compare runs/fedavg runs/fedqsn --plot frontier.png
+    """
+    from fedveil.report.compare import compare as set_side_by_side
+    from fedveil.report.comparison_table import comparison_table
+    from fedveil.report.frontier import plot_frontier
+
+    comparison = set_side_by_side(runs)
+    wide_console().print(comparison_table(comparison))
+    if plot is not None:
+        plot_frontier(comparison, plot)
+        say(Console(), f"picture: {plot}")
+
+
+@app.command()
+def trace(
+    run: Run,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A model that somebody published: a .safetensors or .npz file, or a folder.",
+            show_default=False,
+        ),
+    ],
+    debug: Debug = False,
+) -> None:
+    """Say which client's proxy a published model came from, with a p-value against chance.
+
+    The masks are the fingerprints, so the run must have kept its messages. The file is read and
+    never executed.
+
+    [bold]Examples[/bold]
+
+      fedveil trace runs/federation leaked.safetensors
+    """
+    from fedveil.audit import Evidence
+    from fedveil.audit.leaked import read_model
+    from fedveil.audit.tracing import trace as follow
+    from fedveil.state import read_state
+
+    console, evidence, leaked = Console(), Evidence(run), read_model(file)
+    with console.status("comparing") as status:
+        base = None
+        if evidence.manifest.config_file is not None:
+            base = read_state(_reopen(run)[1].model)
+        found = follow(evidence, leaked, base=base, tell=status.update)
+    _show_trace(console, found)
+
+
+def _show(found: Audit) -> None:
+    console = Console()
+    console.print()
+    console.print(found.sentence, style="bold", markup=False, highlight=False)
+    console.print()
+
+
+def _show_trace(console: Console, found: Trace) -> None:
+    console.print(found.sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+def _reopen(run: Path) -> tuple[Config, Federation]:
+    """The federation of a run, as its file describes it.
+
+    Raises:
+        AuditError: No file describes it, or the file has gone.
+    """
+    from fedveil.audit import Manifest
+    from fedveil.config import build, load_config
+
+    file = Manifest.read(run).config_file
+    if file is None or not Path(file).is_file():
+        raise AuditError(
+            "Nothing says what data and model this run was of",
+            expected="a run of a configuration file (fedveil run)",
+            found="none" if file is None else f"{file}, which is not there",
+            where=str(run),
+            fix="From Python: fedveil.audit.audit(Evidence(run), federation.stage(public)).",
+        )
+    config = load_config(file).change(out=str(run.absolute()))
+    return config, build(config)
+
+
+def _public(name: str, config: Config, federation: Federation) -> nn.Module | None:
+    if name == _NONE:
+        return None
+    if name == _BASE:
+        return federation.model
+    from fedveil.config.models import load_model
+    from fedveil.config.sources import load_rows
+
+    if name == config.model.name and not config.model.new_head:
+        raise ConfigurationError(
+            "This is the base itself", found=repr(name), fix=f"Leave out --public, or say {_BASE}."
+        )
+    other = config.model.model_copy(update={"name": name})
+    classes = load_rows(config).names
+    return load_model(
+        other, config.data.task, classes, config.path.parent, seed=config.federation.seed
+    )

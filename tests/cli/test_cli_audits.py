@@ -1,0 +1,119 @@
+"""The commands that look at a run afterwards, on a run of a configuration file."""
+
+import json
+import shutil
+
+import datasets
+import pytest
+from cli_samples import run_fedveil
+
+import toys
+
+FILE = """
+[model]
+name = "net:build"
+[data]
+task = "image-classification"
+train = "train.parquet"
+test = "test.parquet"
+[partition]
+how = "iid"
+clients = 3
+[scheme]
+name = "fedqsn"
+units = "neurons"
+policy = "fresh"
+[training]
+steps = 3
+batch_size = 8
+learning_rate = 0.01
+[federation]
+rounds = 2
+keep_messages = {keep}
+"""
+NET = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 3))
+"""
+
+
+def write_run(folder, keep="true"):
+    """A run's file, model and data."""
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "net.py").write_text(NET)
+    (folder / "run.toml").write_text(FILE.format(keep=keep))
+    for name, seed in (("train", 0), ("test", 1)):
+        rows = [
+            {"image": row["image"].tolist(), "label": row["label"]}
+            for row in toys.rows(40, seed=seed)
+        ]
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"{name}.parquet")
+    return folder / "run.toml"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run that kept its messages: its folder, and the home of its commands."""
+    home = tmp_path_factory.mktemp("audits")
+    done = run_fedveil("run", str(write_run(home / "work")), home=home)
+    assert done.returncode == 0, done.stderr
+    return home / "work" / "runs" / "run", home
+
+
+def test_an_audit_says_in_words_and_figures_what_leaked(finished):
+    folder, home = finished
+    done = run_fedveil("audit", str(folder), home=home)
+    assert done.returncode == 0, done.stderr
+    assert "Your model reaches" in done.stdout
+    assert "own data alone" in done.stdout
+    assert done.stdout.count("sound  ") == 5
+    values = json.loads((folder / "audit.json").read_text())
+    assert values["models"].keys() == {"base", "public", "global", "server_model"}
+    page = (folder / "report.html").read_text()
+    assert "Your model reaches" in page
+
+
+def test_a_report_needs_no_audit(finished, tmp_path):
+    folder, home = finished
+    done = run_fedveil("report", str(folder), "--out", str(tmp_path / "page.html"), home=home)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "page.html").read_text().lower().startswith("<!doctype html>")
+
+
+def test_runs_are_compared(finished):
+    folder, home = finished
+    done = run_fedveil("compare", str(folder), "--plot", str(home / "frontier.png"), home=home)
+    assert done.returncode in (0, 5), done.stderr
+    assert "fedqsn" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["audit", "report", "compare"])
+def test_a_folder_that_is_no_run(command, tmp_path):
+    done = run_fedveil(command, str(tmp_path), home=tmp_path)
+    assert done.returncode > 0
+    assert "Traceback" not in done.stderr
+    assert "not the folder of a run" in " ".join(done.stderr.split())
+
+
+def test_a_run_without_messages_cannot_be_audited(tmp_path):
+    file = write_run(tmp_path / "work", keep="false")
+    assert run_fedveil("run", str(file), home=tmp_path).returncode == 0
+    done = run_fedveil("audit", str(tmp_path / "work" / "runs" / "run"), home=tmp_path)
+    assert done.returncode == 5
+    assert "keep_messages" in done.stderr
+
+
+def test_a_run_whose_file_has_gone(finished, tmp_path):
+    folder, home = finished
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "config_file": str(tmp_path / "gone.toml")}))
+    done = run_fedveil("audit", str(tmp_path / "run"), home=home)
+    assert done.returncode == 5
+    assert "gone.toml, which is not there" in " ".join(done.stderr.split())
