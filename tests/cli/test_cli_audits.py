@@ -5,9 +5,13 @@ import shutil
 
 import datasets
 import pytest
+import torch
 from cli_samples import run_fedveil
+from safetensors.torch import save_file
 
 import toys
+from fedveil.audit import Evidence
+from fedveil.errors import AuditError, FedveilError
 
 FILE = """
 [model]
@@ -76,6 +80,66 @@ def test_an_audit_says_in_words_and_figures_what_leaked(finished):
     assert values["models"].keys() == {"base", "public", "global", "server_model"}
     page = (folder / "report.html").read_text()
     assert "Your model reaches" in page
+
+
+def leak(folder, path, public=None):
+    """Publish what client-01 was sent in round 2, with its holes filled from a public model."""
+    evidence = Evidence(folder)
+    kept = next(k for k in evidence.proxies(["client-01"]) if k.round == 2)
+    proxy, state = evidence.open(kept), {}
+    for name, info in evidence.manifest.tensors.items():
+        whole = public[name].clone() if public else torch.zeros(info.shape)
+        proxy.selection.scatter(name, proxy.part(name).float(), whole)
+        state[name] = whole
+    save_file(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(finished):
+    """What the run began with."""
+    scope = {}
+    exec(NET, scope)
+    return scope["build"]().state_dict()
+
+
+def test_a_leak_is_traced_to_a_client_and_a_round(finished, base, tmp_path):
+    folder, home = finished
+    file, out = leak(folder, tmp_path / "leak.safetensors", base), tmp_path / "trace.json"
+    done = run_fedveil("trace", str(folder), str(file), "--out", str(out), home=home)
+    assert done.returncode == 0, done.stderr
+    assert "comes from what was sent to client-01 (round 2, chance at most 1 in 10^" in done.stdout
+    assert "tell its 3 clients apart, and the rounds of each" in done.stdout
+    (suspect,) = json.loads(out.read_text())["suspects"]
+    assert (suspect["clients"], suspect["rounds"]) == (["client-01"], [2])
+
+
+def test_nobody_is_accused_for_the_base(finished, base, tmp_path):
+    folder, home = finished
+    save_file(base, tmp_path / "base.safetensors")
+    given = str(tmp_path / "base.safetensors")
+    for public in ("base", "none", given):
+        done = run_fedveil("trace", str(folder), given, "--base", public, home=home)
+        assert done.returncode == 0, done.stderr
+        assert "nobody is accused" in done.stdout
+        assert "suspect" not in done.stdout
+
+
+def test_a_pickle_is_not_traced_but_refused(finished, tmp_path):
+    folder, home = finished
+    torch.save({"weight": torch.ones(2)}, tmp_path / "leak.pt")
+    done = run_fedveil("trace", str(folder), str(tmp_path / "leak.pt"), home=home)
+    assert done.returncode == FedveilError.exit_code
+    assert "runs its maker's code" in done.stderr
+    assert "weights_only=True" in done.stderr
+
+
+def test_a_model_of_another_architecture_is_not_traced(finished, tmp_path):
+    folder, home = finished
+    save_file({"other.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    done = run_fedveil("trace", str(folder), str(tmp_path / "other.safetensors"), home=home)
+    assert done.returncode == AuditError.exit_code
+    assert "another architecture" in done.stderr
 
 
 def test_a_report_needs_no_audit(finished, tmp_path):

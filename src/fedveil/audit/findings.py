@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.errors import AuditError
+from fedveil.files import write_whole
 
 __all__ = ["Alarm", "Attacked", "Audit", "ClientExposure"]
 
@@ -133,16 +134,9 @@ class Audit:
         Raises:
             AuditError: It cannot be written.
         """
-        path, aside = folder / NAME, folder / f"{NAME}.unfinished"
-        try:
-            text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
-            aside.write_text(text + "\n", encoding="utf-8")
-            aside.replace(path)
-        except OSError as error:
-            raise AuditError(
-                "The audit could not be written", found=str(error), where=str(folder)
-            ) from error
-        return path
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
+        write_whole(folder / NAME, text + "\n", AuditError)
+        return folder / NAME
 
     @classmethod
     def read(cls, folder: Path) -> Audit:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedveil.errors import CheckpointError
+from fedveil.files import write_whole
 from fedveil.state import read_state
 from fedveil.units import Slice, UnitGroup
 
@@ -89,17 +90,8 @@ class Manifest:
         Raises:
             CheckpointError: It cannot be written.
         """
-        values = {"format": FORMAT, **asdict(self)}
-        aside = folder / f"{NAME}.unfinished"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-            aside.replace(folder / NAME)
-        except OSError as error:
-            aside.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{NAME} could not be written", found=str(error), where=str(folder)
-            ) from error
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        write_whole(folder / NAME, text + "\n", CheckpointError)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +12,12 @@ from rich.console import Console
 
 from fedveil.cli import Debug, app, say, wide_console
 from fedveil.errors import AuditError, ConfigurationError
+from fedveil.files import write_whole
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from fedveil.audit import Audit
-    from fedveil.audit.tracing import Trace
     from fedveil.config import Config
     from fedveil.federation import Federation
 
@@ -132,29 +134,48 @@ def trace(
             show_default=False,
         ),
     ],
+    base: Annotated[
+        str,
+        typer.Option(
+            help="What withheld units may have been filled from: "
+            '"base" (what the run began with), "none", or a model file or folder.'
+        ),
+    ] = _BASE,
+    out: Annotated[
+        Path | None, typer.Option(help="Write every figure to this JSON file.", show_default=False)
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Say which client's proxy a published model came from, with a p-value against chance.
 
     The masks are the fingerprints, so the run must have kept its messages. The file is read and
-    never executed.
+    never executed. Read docs/tracing.md before anybody is accused.
 
     [bold]Examples[/bold]
 
       fedveil trace runs/federation leaked.safetensors
+
+      fedveil trace runs/federation leaked/ --base public-model/ --out trace.json
     """
     from fedveil.audit import Evidence
-    from fedveil.audit.leaked import read_model
+    from fedveil.audit.tracing import read_model
     from fedveil.audit.tracing import trace as follow
-    from fedveil.state import read_state
+    from fedveil.report.audit_table import trace_table
 
     console, evidence, leaked = Console(), Evidence(run), read_model(file)
     with console.status("comparing") as status:
-        base = None
-        if evidence.manifest.config_file is not None:
-            base = read_state(_reopen(run)[1].model)
-        found = follow(evidence, leaked, base=base, tell=status.update)
-    _show_trace(console, found)
+
+        def tell(what: str) -> None:
+            status.update(what)
+
+        found = follow(evidence, leaked, base=_filling(base, run), tell=tell)
+    console.print(found.sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(found.granularity, markup=False, highlight=False, soft_wrap=True)
+    console.print()
+    console.print(trace_table(found))
+    if out is not None:
+        write_whole(out, json.dumps(found.to_json(), indent=1) + "\n", AuditError)
+        say(console, f"figures: {out}")
 
 
 def _show(found: Audit) -> None:
@@ -164,8 +185,16 @@ def _show(found: Audit) -> None:
     console.print()
 
 
-def _show_trace(console: Console, found: Trace) -> None:
-    console.print(found.sentence, markup=False, highlight=False, soft_wrap=True)
+def _filling(name: str, run: Path) -> Mapping[str, Tensor] | None:
+    """The public model whose values may stand in for withheld units."""
+    from fedveil.audit.tracing import read_model
+    from fedveil.state import read_state
+
+    if name == _NONE:
+        return None
+    if name == _BASE:
+        return read_state(_reopen(run)[1].model)
+    return read_model(name)
 
 
 def _reopen(run: Path) -> tuple[Config, Federation]:

@@ -30,6 +30,7 @@ from fedveil.errors import (
     FedveilError,
     ProtocolError,
 )
+from fedveil.files import write_whole
 from fedveil.schemes import ServerSide
 from fedveil.state import load_state
 from fedveil.training import evaluate
@@ -342,20 +343,9 @@ class InProcess:
         """The whole file anew: it says what the checkpoint says, also after a crash in between."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(record.to_json()) + "\n" for record in records)
-        aside = self.folder / "metrics.jsonl.unfinished"
-        try:
-            aside.write_text(lines, encoding="utf-8")
-            aside.replace(self.folder / "metrics.jsonl")
-        except OSError as error:
-            aside.unlink(missing_ok=True)
-            raise CheckpointError(
-                "metrics.jsonl could not be written",
-                found=str(error),
-                where=str(self.folder),
-                fix="The round is in the checkpoint: free some space and run again with resume.",
-            ) from error
+        fix = "The round is in the checkpoint: free some space and run again with resume."
+        write_whole(self.folder / "metrics.jsonl", lines, CheckpointError, fix)
 
     def _keep(self, number: int, client: str, kind: str, data: bytearray | memoryview) -> None:
         if self.folder is None or not self.keep_messages:

@@ -1,4 +1,4 @@
-"""What an audit found, on a terminal."""
+"""What an audit or a trace found, on a terminal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedveil.audit import Attacked, Audit
+from fedveil.audit.tracing import Match, Trace
 from fedveil.audit.words import title
 
-__all__ = ["alarm_lines", "attack_table"]
+__all__ = ["alarm_lines", "attack_table", "trace_table"]
+
+_OTHERS = 3
 
 
 def attack_table(audit: Audit) -> Table:
@@ -39,6 +42,37 @@ def alarm_lines(audit: Audit) -> Iterator[Text]:
     for alarm in sorted(audit.alarms, key=lambda alarm: not alarm.raised):
         word, style = ("ALARM", "bold red") if alarm.raised else ("sound", "green")
         yield Text.assemble((word, style), f"  {alarm.check}: {alarm.found}")
+
+
+def trace_table(found: Trace) -> Table:
+    """Suspects, surest first; then the best of those who are not accused, to compare."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("Clients", overflow="fold")
+    table.add_column("Rounds", overflow="fold")
+    for name in ("Chance at most", "Share of file", "Contrast"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    accused = {client for match in found.suspects for client in match.clients}
+    others: dict[tuple[str, ...], Match] = {}
+    for match in found.scores:
+        if not accused & set(match.clients):
+            others.setdefault(match.clients, match)
+    for match in found.suspects:
+        table.add_row(*_match_cells(match), "suspect", style="bold")
+    for match in list(others.values())[:_OTHERS]:
+        table.add_row(*_match_cells(match), "not accused", style="dim")
+    return table
+
+
+def _match_cells(match: Match) -> tuple[str, ...]:
+    chance = f"10^{match.log10_p:.0f}" if match.log10_p < -4 else f"{10**match.log10_p:.2g}"
+    return (
+        ", ".join(match.clients),
+        ", ".join(map(str, match.rounds)),
+        chance,
+        f"{match.share:.0%}",
+        f"{match.contrast:.1f}",
+    )
 
 
 def _cells(attack: Attacked, metric: str) -> tuple[str, str, str, str, str]:

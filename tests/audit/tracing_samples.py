@@ -1,0 +1,35 @@
+"""Federations of which something leaks; the benchmark's, smaller."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import toys
+from fedveil.audit import Evidence
+
+# Behind everything else: benchmarks/ has modules of common names.
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from tracing import ALTERATIONS, NETS, Scene, judge, look, train
+
+__all__ = ["ALTERATIONS", "NETS", "Scene", "judge", "look", "proxy_of", "toy_run", "train"]
+
+
+def toy_run(folder, model, rounds=2, **settings):
+    """A run of three clients on a toy model; the model's own weights are the base."""
+    base = toys.weights(model)
+    toys.federation(model, out=folder, keep_messages=True, **settings).run(rounds)
+    return Evidence(folder), base
+
+
+def proxy_of(evidence, client, number, holes=None):
+    """What a client was sent in a round, as a model."""
+    kept = next(k for k in evidence.proxies([client]) if k.round == number)
+    proxy, state = evidence.open(kept), {}
+    for name, info in evidence.manifest.tensors.items():
+        dtype = getattr(torch, info.dtype)
+        whole = holes[name].clone() if holes else torch.zeros(info.shape, dtype=dtype)
+        proxy.selection.scatter(name, proxy.part(name).to(dtype), whole)
+        state[name] = whole
+    return state
