@@ -10,9 +10,9 @@ from torch import nn
 
 import fedveil
 import toys
-from fedveil.audit import Audit, Evidence, audit
-from fedveil.audit.words import title
-from fedveil.errors import AuditError
+from fedveil.audit import Attacked, Audit, Evidence, audit
+from fedveil.audit.words import sentence, title
+from fedveil.errors import AuditError, ConfigurationError
 from fedveil.schemes import FedAvg, FedQSN
 from fedveil.training import ImageClassification, Training
 from fedveil.wire import Dense
@@ -78,7 +78,7 @@ class TestThePapersRecipe:
             if (a.attack, a.holes, a.polish) == ("union", "zeros", "")
         }
         assert errors[1, 6] < errors[1, 1]
-        assert {size for size, _ in errors} == {1, 2, 4}
+        assert {size for size, _ in errors} == {1, 2, 3, 4}
 
     def test_withheld_units_are_unknown_and_released_ones_are_known(self, paper):
         plain = [a for a in paper.attacks if (a.holes, a.polish) == ("zeros", "") and a.rounds == 6]
@@ -111,6 +111,10 @@ class TestThePapersRecipe:
         assert f"reaches {paper.models['global']['accuracy']:.1f} %" in paper.sentence
         assert f"{best(paper, 1):.1f} %" in paper.sentence
         assert "alarm" not in paper.sentence
+
+    def test_the_others_updates_are_inferred_after_every_round_but_the_last(self, paper):
+        assert [guess.round for guess in paper.inferred] == [1, 2, 3, 4, 5]
+        assert all(guess.cosine > 0.2 for guess in paper.inferred)
 
     def test_exposure_grows_with_rounds(self, paper):
         for one in paper.exposure.values():
@@ -178,7 +182,52 @@ def test_messages_that_show_too_much_are_an_alarm_and_no_crash(tmp_path):
     assert found.strongest is None
 
 
+def test_the_owner_chooses_how_many_collude(tmp_path):
+    run = federation(tmp_path, FedQSN(units="neurons"), keep_messages="proxies")
+    run.run(1)
+    found = audit(Evidence(tmp_path), run.stage(), coalitions=[2, 99])
+    assert {len(attack.clients) for attack in found.attacks} == {2, 4}
+    assert "client gets" not in found.sentence
+    assert not found.inferred, "no update was kept"
+
+
+class TestTheSentence:
+    def found(self, reached, own, base):
+        """An audit in which one client attacked a model of 90 %."""
+        alone = Attacked("own data alone", ("a",), 0, False, "public", "", {"accuracy": own})
+        stolen = Attacked(
+            "union", ("a",), 1, True, "zeros", "", {"accuracy": reached},
+            (reached - own) / (90 - own), (reached - base) / (90 - base),
+        )  # fmt: skip
+        return Audit(
+            sentence="", scheme={}, rounds=1, metric="accuracy",
+            models={"global": {"accuracy": 90.0}, "base": {"accuracy": base}},
+            own=alone.measures, attacks=[alone, stolen], alarms=[], exposure={},
+        )  # fmt: skip
+
+    def test_base_and_gain_are_told_apart(self):
+        text = sentence(self.found(65.0, 40.0, 65.0))
+        assert "reaches 90.0 %, your base 65.0 %" in text
+        assert "gets to 65.0 %, and to 40.0 % without a released byte" in text
+        assert "50 % of what your model is ahead of that has leaked, and none of what" in text
+
+    def test_some_of_the_gain(self):
+        assert "has leaked, and 50 % of what" in sentence(self.found(75.0, 40.0, 60.0))
+
+    def test_nothing_leaked(self):
+        text = sentence(self.found(60.0, 70.0, 50.0))
+        assert "60.0 %, no further than without a released byte (70.0 %)." in text
+        assert "leaked" not in text
+
+
 class TestBadInput:
+    @pytest.mark.parametrize("size", [0, -1, 1.5, True, "1"])
+    def test_impossible_coalitions(self, tmp_path, size):
+        run = federation(tmp_path, FedQSN(units="neurons"))
+        run.run(1)
+        with pytest.raises(ConfigurationError, match="impossible size"):
+            audit(Evidence(tmp_path), run.stage(), coalitions=[size])
+
     def test_messages_of_another_run(self, tmp_path):
         runs = []
         for name, secret in (("one", toys.SECRET), ("other", fedveil.Secret(bytes(32)))):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedveil import Evaluation, Federation, FedQSN, ImageClassification, Secret, Training
-from fedveil.audit import Alarm, Attacked, Audit, ClientExposure, Manifest
+from fedveil.audit import Alarm, Attacked, Audit, ClientExposure, Manifest, UpdateGuess
 from fedveil.audit.manifest import TensorInfo
 from fedveil.engine import RoundRecord
 
@@ -70,6 +70,7 @@ def audit(
         ],
         exposure=exposure,
         coalitions={size: 1 - 0.37 ** size for size in sizes},
+        inferred=[UpdateGuess(names[0], n, 0.3 + 0.02 * n, 0.61) for n in range(1, rounds)],
         bytes_down=dict.fromkeys(names, 10500000 * rounds),
         full=attacks > 2,
         seconds=12.5 * attacks,

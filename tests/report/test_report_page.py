@@ -252,6 +252,7 @@ def test_page_shows_every_finding(pages):
     assert "and 7 more" in text
     assert "scheme.client_mask" in text
     assert f"All {len(found.attacks)} attacks" in text
+    assert "infers of the mean of the others' updates" in text
 
 
 def test_heat_map_has_a_cell_for_every_client_and_round():

@@ -8,7 +8,7 @@ from fedveil.audit.auditing import Stage, audit
 from fedveil.audit.checks import check
 from fedveil.audit.evidence import Evidence, Kept, Proxy
 from fedveil.audit.exposure import Exposure
-from fedveil.audit.findings import Alarm, Attacked, Audit, ClientExposure
+from fedveil.audit.findings import Alarm, Attacked, Audit, ClientExposure, UpdateGuess
 from fedveil.audit.manifest import Manifest
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Manifest",
     "Proxy",
     "Stage",
+    "UpdateGuess",
     "audit",
     "check",
 ]

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from fedveil.audit.attacks import Loot, average, distil, extrapolate, fill, heal, intersect, union
+from fedveil.audit.attacks import (
+    Loot,
+    UpdateGuess,
+    average,
+    distil,
+    extrapolate,
+    fill,
+    heal,
+    infer_updates,
+    intersect,
+    union,
+)  # fmt: skip
 from fedveil.audit.attacks.distillation import HasLogits
 from fedveil.audit.checks import check
 from fedveil.audit.evidence import Evidence, Kept
 from fedveil.audit.exposure import Exposure
 from fedveil.audit.findings import Attacked, Audit, ClientExposure
 from fedveil.audit.words import NOT_PROTECTED, sentence
-from fedveil.errors import AuditError
+from fedveil.errors import AuditError, ConfigurationError
 from fedveil.state import load_state, read_state
 from fedveil.training import Prepared, Task, Training, evaluate
 
 __all__ = ["Stage", "audit"]
 
 METRIC = "accuracy"
+QUICK, FULL = (1, 3), (1, 2, 3, 5, 10, 20, 50)
+"""How many clients pool what they were sent: in a quick audit, and in a full one (also all)."""
+EFFORT = {False: 2, True: 6}
+"""An attacker trains as many times longer than in the federation, at most, in a full audit."""
 _SOME = 1.0
 """A gain of fewer points than this is no gain that a share could be taken of."""
 
@@ -68,24 +84,33 @@ class Stage:
 
 
 def audit(
-    evidence: Evidence, stage: Stage, *, full: bool = False, tell: Tell = lambda text: None
+    evidence: Evidence,
+    stage: Stage,
+    *,
+    full: bool = False,
+    coalitions: Collection[int] | None = None,
+    tell: Tell = lambda text: None,
 ) -> Audit:
     """Try what an attacker would, with exactly the bytes that clients received.
 
     Args:
         evidence: The run.
         stage: What the owner has.
-        full: Try everything, with more coalitions and after every round; else a quick set.
+        full: Try everything, for longer, and with more coalitions; else a quick set.
+        coalitions: How many clients pool what they were sent, for each coalition that attacks; None
+            for `QUICK`, or `FULL` and all clients. Those take part who saw most together. More
+            clients than there are is all.
         tell: Hears of what is being done.
 
     Raises:
         AuditError: Messages are damaged, or of another run.
+        ConfigurationError: A coalition of no client, or less.
 
     What it does NOT show: what a better attacker would reach. It is a floor under the leak, not a
     bound on it.
     """
-    started = time.perf_counter()
-    attempt = _Attempt(evidence, stage, tell)
+    started, sizes = time.perf_counter(), _sizes(coalitions, full)
+    attempt = _Attempt(evidence, stage, full, tell)
     alarms = check(evidence, tell)
     tell("what each client was shown")
     attempt.measure_models()
@@ -94,8 +119,8 @@ def audit(
     if not any(alarm.raised for alarm in alarms if alarm.check == "withheld units"):
         exposure = _exposure_of(evidence)
         order = _by_what_they_saw(exposure)
-    for clients in _coalitions(order, stage, full):
-        attempt.by(clients, full)
+    for clients in _coalitions([name for name in order if name in stage.data], sizes):
+        attempt.by(clients)
     found = Audit(
         sentence="",
         scheme=dict(evidence.manifest.configuration.get("scheme", {})),
@@ -107,6 +132,7 @@ def audit(
         alarms=alarms,
         exposure={client: _exposed(evidence, exposure, client) for client in exposure.clients},
         coalitions={size: exposure.share(order[:size]) for size in range(1, len(order) + 1)},
+        inferred=_inferred(evidence, order, tell),
         bytes_down=_bytes(evidence),
         full=full,
         seconds=time.perf_counter() - started,
@@ -121,6 +147,7 @@ class _Attempt:
 
     evidence: Evidence
     stage: Stage
+    full: bool
     tell: Tell
     models: dict[str, dict[str, float]] = field(default_factory=dict)
     own: dict[tuple[str, ...], dict[str, float]] = field(default_factory=dict)
@@ -133,32 +160,33 @@ class _Attempt:
             self.tell(f"measuring: {name}")
             self.models[name] = self.stage.measure(state)
 
-    def by(self, clients: tuple[str, ...], full: bool) -> None:
+    def by(self, clients: tuple[str, ...]) -> None:
         """Everything that one coalition tries."""
         sent = self.evidence.proxies(clients)
-        self._own_work(clients)
+        self._own_work(clients, sent)
         loot = union(self.evidence, sent)
-        start = self._with_holes("union", clients, sent, loot)
-        self._train("union", clients, sent, loot, start, full)
-        for last in self._shorter(sent) if full or len(clients) == 1 else ():
+        start, holes = self._with_holes("union", clients, sent, loot)
+        self._train("union", clients, sent, loot, start, holes)
+        for last in self._shorter(sent) if self.full or len(clients) == 1 else ():
             short = [kept for kept in sent if kept.round <= last]
-            self._with_holes("union", clients, short, union(self.evidence, short))
-        if full:
+            self._fill("union", clients, short, union(self.evidence, short), holes)
+        if self.full:
             for name, collect in (
                 ("average", average), ("intersection", intersect), ("extrapolation", extrapolate),
             ):  # fmt: skip
                 self._with_holes(name, clients, sent, collect(self.evidence, sent))
 
-    def _own_work(self, clients: tuple[str, ...]) -> None:
+    def _own_work(self, clients: tuple[str, ...], sent: Sequence[Kept]) -> None:
         """What these clients reach without a released byte: the floor under every leak."""
         stage, who = self.stage, _who(clients)
         start = stage.public if stage.public is not None else _fresh(stage)
         healed = heal(
             stage.model, stage.task, stage.pooled(clients), stage.training, start,
-            seed=stage.seed, tell=lambda text: self.tell(f"{who}: own data alone, {text}"),
+            rounds=self._rounds(sent), seed=stage.seed,
+            tell=lambda text: self.tell(f"{who}: own data alone, {text}"),
         )  # fmt: skip
-        best = max((start, healed.state), key=lambda state: stage.measure(state)[METRIC])
-        self.own[clients] = stage.measure(best)
+        tried = [stage.measure(start), stage.measure(healed.state)]
+        self.own[clients] = max(tried, key=lambda measures: measures[METRIC])
         holes = "public" if stage.public is not None else "nothing"
         self.found.append(
             Attacked(
@@ -169,17 +197,20 @@ class _Attempt:
 
     def _with_holes(
         self, name: str, clients: tuple[str, ...], sent: Sequence[Kept], loot: Loot
-    ) -> State:
-        """Zeros, and the public model, in the place of what is missing; returns the better one."""
-        choices: dict[str, State | None] = {"zeros": None}
-        if self.stage.public is not None and loot.share() < 1:
-            choices["public"] = self.stage.public
-        tried: list[tuple[float, State]] = []
-        for holes, state in choices.items():
-            stolen = fill(loot, self.evidence.manifest, state)
-            measures = self._note(name, clients, sent, loot, stolen, holes, "")
-            tried.append((measures[METRIC], stolen))
-        return max(tried, key=lambda pair: pair[0])[1]
+    ) -> tuple[State, str]:
+        """Fill what is missing in every way that there is; the best, and how it was filled."""
+        ways = ["zeros"] if self.stage.public is None or loot.share() == 1 else ["zeros", "public"]
+        tried = [(*self._fill(name, clients, sent, loot, holes), holes) for holes in ways]
+        _, stolen, holes = max(tried, key=lambda one: one[0])
+        return stolen, holes
+
+    def _fill(
+        self, name: str, clients: tuple[str, ...], sent: Sequence[Kept], loot: Loot, holes: str
+    ) -> tuple[float, State]:
+        """What comes of zeros, or of the public model, in the place of what is missing."""
+        filling = self.stage.public if holes == "public" else None
+        stolen = fill(loot, self.evidence.manifest, filling)
+        return self._note(name, clients, sent, loot, stolen, holes, "")[METRIC], stolen
 
     def _train(
         self,
@@ -188,21 +219,21 @@ class _Attempt:
         sent: Sequence[Kept],
         loot: Loot,
         start: State,
-        full: bool,
+        holes: str,
     ) -> None:
         stage, who = self.stage, _who(clients)
         data = stage.pooled(clients)
-        holes = "zeros" if stage.public is None else "best of both"
         healed = heal(
-            stage.model, stage.task, data, stage.training, start,
+            stage.model, stage.task, data, stage.training, start, rounds=self._rounds(sent),
             seed=stage.seed, tell=lambda text: self.tell(f"{who}: healing, {text}"),
         )  # fmt: skip
         self._note(name, clients, sent, loot, healed.state, holes, "healing")
-        if full and isinstance(stage.task, HasLogits):
+        if self.full and isinstance(stage.task, HasLogits):
             student = stage.public if stage.public is not None else _fresh(stage)
             taught = distil(
                 stage.model, stage.task, data, stage.training, start, student,
-                seed=stage.seed, tell=lambda text: self.tell(f"{who}: distilling, {text}"),
+                rounds=self._rounds(sent), seed=stage.seed,
+                tell=lambda text: self.tell(f"{who}: distilling, {text}"),
             )  # fmt: skip
             self._note(name, clients, sent, loot, taught.state, holes, "distillation")
 
@@ -233,16 +264,30 @@ class _Attempt:
         base, top = self.models["base"][METRIC], self.models["global"][METRIC]
         return (measures[METRIC] - base) / (top - base) if top - base >= _SOME else None
 
+    def _rounds(self, sent: Sequence[Kept]) -> int:
+        """For how many rounds' work an attacker trains at most."""
+        return EFFORT[self.full] * len({kept.round for kept in sent})
+
     def _shorter(self, sent: Sequence[Kept]) -> list[int]:
         """Rounds after which an attacker may have stopped listening, but for the last."""
         return sorted({kept.round for kept in sent})[:-1]
 
 
-def _coalitions(order: Sequence[str], stage: Stage, full: bool) -> Iterator[tuple[str, ...]]:
-    """Who attacks: one client, larger and larger coalitions, all."""
-    order = [client for client in order if client in stage.data]
-    sizes = {1, len(order)} | ({2, 4, 8} if full else {2})
-    for size in sorted(size for size in sizes if 0 < size <= len(order)):
+def _sizes(chosen: Collection[int] | None, full: bool) -> Collection[int]:
+    if chosen is None:
+        return (*FULL, sys.maxsize) if full else QUICK
+    if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in chosen):
+        raise ConfigurationError(
+            "A coalition is of an impossible size",
+            expected="1 client or more",
+            found=", ".join(map(str, chosen)),
+        )
+    return chosen
+
+
+def _coalitions(order: Sequence[str], sizes: Collection[int]) -> Iterator[tuple[str, ...]]:
+    """Who attacks, the fewest first."""
+    for size in sorted({min(size, len(order)) for size in sizes} - {0}):
         yield tuple(sorted(order[:size]))
 
 
@@ -283,6 +328,16 @@ def _by_what_they_saw(exposure: Exposure) -> list[str]:
             )
         )  # fmt: skip
     return chosen
+
+
+def _inferred(evidence: Evidence, order: Sequence[str], tell: Tell) -> list[UpdateGuess]:
+    """What the client who saw most infers of the others; nothing if no updates were kept."""
+    guesses = []
+    for client in order[:1]:
+        for guess in infer_updates(evidence, client):
+            tell(f"{client}: inferring the others' updates of round {guess.round}")
+            guesses.append(guess)
+    return guesses
 
 
 def _errors(stolen: State, truth: State, loot: Loot) -> tuple[float | None, float | None]:

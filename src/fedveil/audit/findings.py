@@ -11,7 +11,7 @@ from typing import Any
 from fedveil.errors import AuditError
 from fedveil.files import write_whole
 
-__all__ = ["Alarm", "Attacked", "Audit", "ClientExposure"]
+__all__ = ["Alarm", "Attacked", "Audit", "ClientExposure", "UpdateGuess"]
 
 FORMAT = 1
 NAME = "audit.json"
@@ -87,6 +87,24 @@ class ClientExposure:
 
 
 @dataclass(frozen=True)
+class UpdateGuess:
+    """A guess of what the other clients contributed to one round.
+
+    Attributes:
+        client: Who guesses.
+        round: The round that is guessed at; he was sent a proxy in it and in the next one.
+        cosine: Between the guess and the mean of the others' updates, on the elements that he was
+            shown twice: 1 is certainty, 0 is chance.
+        share: Of the model's weights that the guess is about, from 0 to 1.
+    """
+
+    client: str
+    round: int
+    cosine: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Audit:
     """Everything that an audit found.
 
@@ -101,6 +119,8 @@ class Audit:
         alarms: All checks of the messages.
         exposure: By client.
         coalitions: Share of the parameters that the largest coalition of each size holds, by size.
+        inferred: What the client who saw most infers of the others' updates, by round; empty if no
+            updates were kept, or no two rounds in a row were sent.
         bytes_down: Bytes that each client was sent in all.
         full: Whether everything was tried, or the quick set.
         seconds: How long it took.
@@ -117,6 +137,7 @@ class Audit:
     alarms: Sequence[Alarm]
     exposure: Mapping[str, ClientExposure]
     coalitions: Mapping[int, float] = field(default_factory=dict)
+    inferred: Sequence[UpdateGuess] = ()
     bytes_down: Mapping[str, int] = field(default_factory=dict)
     full: bool = False
     seconds: float = 0.0
@@ -127,6 +148,11 @@ class Audit:
         """The attack that got furthest with released bytes."""
         tried = [attack for attack in self.attacks if attack.released]
         return max(tried, key=lambda attack: attack.measures[self.metric], default=None)
+
+    def own_of(self, clients: tuple[str, ...]) -> Measures | None:
+        """What some clients reach without a released byte; None if that was not tried."""
+        same = (a for a in self.attacks if not a.released and a.clients == tuple(clients))
+        return next((attack.measures for attack in same), None)
 
     def write(self, folder: Path) -> Path:
         """Write ``audit.json``, whole or not at all; returns its path.
@@ -185,6 +211,7 @@ class Audit:
                     for name, one in values["exposure"].items()
                 },
                 "coalitions": _by_number(values["coalitions"]),
+                "inferred": [UpdateGuess(**guess) for guess in values["inferred"]],
             }
         )
 

@@ -18,6 +18,9 @@ NOT_PROTECTED: Final = (
     "Whoever attacks with more data than the clients have needs less of what was released.",
 )
 
+_NOTHING: Final = 0.005
+"""Shares below this are not worth a word."""
+
 _TITLES: Final = {
     "own data alone": "own data alone",
     "union": "union of all that was sent, newest first",
@@ -41,7 +44,7 @@ def sentence(audit: Audit) -> str:
     """The answer to "what did my partners learn of my model?"."""
     top = audit.models["global"][audit.metric]
     alone, together = _strongest_of(audit, 1), audit.strongest
-    text = f"Your model reaches {top:.1f} %."
+    text = f"Your model reaches {top:.1f} %, your base {audit.models['base'][audit.metric]:.1f} %."
     if alone is not None:
         text += f" With what it was sent the best-informed client gets to {_reached(audit, alone)}."
     if alone is not None and together is not None and len(together.clients) > 1:
@@ -56,12 +59,18 @@ def sentence(audit: Audit) -> str:
 def _reached(audit: Audit, attack: Attacked) -> str:
     """How far an attack got, and how far the same clients get without it."""
     text = f"{attack.measures[audit.metric]:.1f} %"
-    own = next((a for a in audit.attacks if not a.released and a.clients == attack.clients), None)
-    if own is not None:
-        text += f", and to {own.measures[audit.metric]:.1f} % without a released byte"
-    if attack.leak is not None:
-        share = max(0.0, attack.leak)
-        text += f": {100 * share:.0f} % of what your model is ahead of that has leaked"
+    own = audit.own_of(attack.clients)
+    if own is None:
+        return text
+    alone = f"{own[audit.metric]:.1f} %"
+    if attack.leak is None or attack.leak < _NOTHING:
+        return f"{text}, no further than without a released byte ({alone})"
+    text += f", and to {alone} without a released byte"
+    text += f": {attack.leak:.0%} of what your model is ahead of that has leaked".replace("%", " %")
+    if attack.gain_shown is not None:
+        shown = f"{attack.gain_shown:.0%}".replace("%", " %")
+        text += f", and {'none' if attack.gain_shown < _NOTHING else shown}"
+        text += " of what the federation added to your base"
     return text
 
 

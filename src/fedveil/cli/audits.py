@@ -38,6 +38,13 @@ def audit(
             help='What anybody can get: "base" (what the run began with), "none", or a model.'
         ),
     ] = _BASE,
+    coalition: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="How many clients pool what they were sent; may be given several times.",
+            show_default="1 and 3",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Try what an attacker would with exactly the bytes that clients were sent.
@@ -50,10 +57,12 @@ def audit(
       fedveil audit runs/federation
 
       fedveil audit runs/federation --full --public none
+
+      fedveil audit runs/federation --coalition 1 --coalition 5
     """
     from fedveil.audit import Evidence
     from fedveil.audit import audit as attack
-    from fedveil.report.audit_table import alarm_lines, attack_table
+    from fedveil.report.audit_table import alarm_lines, attack_table, inferred_line
     from fedveil.report.page import write_page
 
     console, evidence = Console(), Evidence(run)
@@ -64,11 +73,13 @@ def audit(
         def tell(what: str) -> None:
             status.update(what)
 
-        found = attack(evidence, stage, full=full, tell=tell)
+        found = attack(evidence, stage, full=full, coalitions=coalition or None, tell=tell)
     path = found.write(run)
     page = write_page(run)
     _show(found)
     console.print(attack_table(found))
+    if (guess := inferred_line(found)) is not None:
+        console.print(guess)
     for line in alarm_lines(found):
         console.print(line)
     console.print()

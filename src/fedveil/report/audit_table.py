@@ -12,7 +12,7 @@ from fedveil.audit import Attacked, Audit
 from fedveil.audit.tracing import Match, Trace
 from fedveil.audit.words import title
 
-__all__ = ["alarm_lines", "attack_table", "trace_table"]
+__all__ = ["alarm_lines", "attack_table", "inferred_line", "trace_table"]
 
 _OTHERS = 3
 
@@ -72,6 +72,17 @@ def _match_cells(match: Match) -> tuple[str, ...]:
         chance,
         f"{match.share:.0%}",
         f"{match.contrast:.1f}",
+    )
+
+
+def inferred_line(audit: Audit) -> Text | None:
+    """How well a client guesses what others contributed; None if that was not looked at."""
+    if not audit.inferred:
+        return None
+    best = max(audit.inferred, key=lambda guess: guess.cosine)
+    return Text(
+        f"{best.client} guesses what others contributed to round {best.round} with cosine "
+        f"{best.cosine:.2f} on {best.share:.0%} of the weights"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from shlex import quote
 
-from fedveil.audit import Alarm, Attacked
+from fedveil.audit import Alarm, Attacked, UpdateGuess
 from fedveil.report.charts import Chart, draw
 from fedveil.report.curves import (
     MOST_ATTACKS,
@@ -134,7 +134,21 @@ def attacks(run: RunFolder) -> Node:
         "rounds added to the base the attacker has. Errors: distance of the stolen from the global "
         "model's weights, as a share of the latter's size."
     )
-    return [tables, tag("p", reading, class_="aid")]
+    return [tables, tag("p", reading, class_="aid"), _inferred(run.audit.inferred)]
+
+
+def _inferred(guesses: Sequence[UpdateGuess]) -> Node:
+    """What a client tells of the others from two proxies in a row."""
+    if not guesses:
+        return []
+    caption = f"What {guesses[0].client} infers of the mean of the others' updates"
+    header = ("Round", "Cosine with the truth", "Share of the weights")
+    rows = [(str(guess.round), f"{guess.cosine:.2f}", _percent(guess.share)) for guess in guesses]
+    reading = (
+        "How to read it: the difference of the proxies before and after a round, less the client's "
+        "own part. A cosine of 1 is certainty, 0 is chance."
+    )
+    return [table(caption, header, rows, numeric=(0, 1, 2)), tag("p", reading, class_="aid")]
 
 
 def checks(run: RunFolder) -> Node:

@@ -35,6 +35,7 @@ def distil(
     teacher: Mapping[str, Tensor],
     student: Mapping[str, Tensor],
     *,
+    rounds: int = 6,
     seed: int = 0,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Healing:
@@ -52,12 +53,14 @@ def distil(
         training: How he trains.
         teacher: The stolen model.
         student: What the student begins as.
+        rounds: As of :func:`heal`.
         seed: As of :func:`heal`.
         tell: Hears of each piece.
     """
     wise = copy.deepcopy(model).eval().requires_grad_(False)
     load_state(wise, teacher)
-    return heal(model, _Taught(task, wise), data, training, student, seed=seed, tell=tell)
+    taught = _Taught(task, wise)
+    return heal(model, taught, data, training, student, rounds=rounds, seed=seed, tell=tell)
 
 
 class _Taught:

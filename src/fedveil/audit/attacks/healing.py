@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,8 @@ PIECES = 6
 """How often the attacker looks at his held-out part: after each sixth of what he trains at most."""
 _HELD_OUT = 5
 """One in so many of the attacker's examples is held out to tell when to stop."""
+_ENOUGH = 100
+"""More held-out examples than this tell little more, and take time."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ def heal(
     training: Training,
     start: Mapping[str, Tensor],
     *,
+    rounds: int = 6,
     seed: int = 0,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Healing:
@@ -52,15 +56,18 @@ def heal(
         model: The architecture; its weights are overwritten.
         task: What it is for.
         data: The attacker's own.
-        training: How he trains; a piece is as long as a round of the federation.
+        training: How he trains in a round of the federation.
         start: What he begins with.
+        rounds: He trains for as many of them at most.
         seed: Decides the held-out part, the order of examples and dropout.
         tell: Hears of each piece.
     """
     train, held_out = _split(data, seed)
     load_state(model, start)
     best, best_loss, best_at = _copy(model), evaluate(model, task, held_out)["loss"], 0
-    steady = replace(training, schedule="constant")
+    batches = math.ceil(len(train) / training.batch_size)
+    steps = math.ceil(rounds * training.total_steps(batches) / PIECES)
+    steady = replace(training, schedule="constant", steps=steps, epochs=None)
     for piece in range(1, PIECES + 1):
         tell(f"training, {piece} of {PIECES}")
         Trainer(task, train, steady).train(model, seed=seed + piece)
@@ -73,7 +80,7 @@ def heal(
 def _split(data: Prepared, seed: int) -> tuple[Prepared, Prepared]:
     """What is trained on, and what is held out; with a single example both are that one."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = len(order) // _HELD_OUT or (1 if len(order) > 1 else 0)
+    count = min(len(order) // _HELD_OUT, _ENOUGH) or (1 if len(order) > 1 else 0)
     rest = order[count:]
     return _part(data, rest), _part(data, order[:count] or rest)
 

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedveil.audit.evidence import Evidence, Kept, Proxy
+from fedveil.audit.findings import UpdateGuess
 from fedveil.quantization import QuantizedTensor
 from fedveil.wire import Dense, Message
 
 __all__ = ["UpdateGuess", "infer_updates"]
-
-
-@dataclass(frozen=True)
-class UpdateGuess:
-    """A guess of what the other clients contributed to one round.
-
-    Attributes:
-        client: Who guesses.
-        round: The round that is guessed at; he was sent a proxy in it and in the next one.
-        cosine: Between the guess and the mean of the others' updates, on the elements that he was
-            shown twice: 1 is certainty, 0 is chance.
-        share: Of the model's weights that the guess is about, from 0 to 1.
-    """
-
-    client: str
-    round: int
-    cosine: float
-    share: float
 
 
 def infer_updates(evidence: Evidence, client: str) -> Iterator[UpdateGuess]:
