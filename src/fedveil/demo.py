@@ -241,8 +241,7 @@ def build_federation(
 def _audit(folder: Path, federation: Federation, scene: Scene, console: Console) -> None:
     """What attackers make of what was sent, in a sentence; the page tells the rest."""
     with console.status("audit") as status, threads(_AUDIT_THREADS):
-        stage = federation.stage(scene.public)
-        found = audit(Evidence(folder), stage, coalitions=[1], tell=status.update)
+        found = audit(Evidence(folder), federation.stage(scene.public), tell=status.update)
     found.write(folder)
     page = write_page(folder)
     console.print(Text(found.sentence, style="bold"), soft_wrap=True)

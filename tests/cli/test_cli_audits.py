@@ -125,6 +125,20 @@ def test_nobody_is_accused_for_the_base(finished, base, tmp_path):
         assert "suspect" not in done.stdout
 
 
+def test_without_its_file_a_run_is_traced_with_a_base_or_with_none(finished, base, tmp_path):
+    folder, home = finished
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    manifest = json.loads((moved / "run.json").read_text())
+    (moved / "run.json").write_text(json.dumps(manifest | {"config_file": None}))
+    file = leak(moved, tmp_path / "leak.safetensors")
+    done = run_fedveil("trace", str(moved), str(file), home=home)
+    assert done.returncode == AuditError.exit_code
+    assert "--base FILE" in done.stderr
+    done = run_fedveil("trace", str(moved), str(file), "--base", "none", home=home)
+    assert "sent to client-01" in done.stdout
+
+
 def test_a_pickle_is_not_traced_but_refused(finished, tmp_path):
     folder, home = finished
     torch.save({"weight": torch.ones(2)}, tmp_path / "leak.pt")

@@ -49,8 +49,8 @@ def audit(
 ) -> None:
     """Try what an attacker would with exactly the bytes that clients were sent.
 
-    The run must have kept its messages ([bold]keep_messages[/bold]) and have a test set. Writes
-    audit.json and report.html into the run folder.
+    The run must have kept its messages ([bold]keep_messages[/bold]) and have a
+    test set. Writes audit.json and report.html into the run folder.
 
     [bold]Examples[/bold]
 
@@ -95,10 +95,10 @@ def report(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write one page about a run: what was learned, what was shown, what an audit found.
+    """Write one page about a run: what was learned, and what was shown to whom.
 
-    The page needs no network and nothing beside it. It names clients and shows how good the model
-    is: it is the owner's to show.
+    The page needs no network and nothing beside it. It names clients and shows
+    how good the model is: it is the owner's to show.
 
     [bold]Examples[/bold]
 
@@ -159,8 +159,9 @@ def trace(
 ) -> None:
     """Say which client's proxy a published model came from, with a p-value against chance.
 
-    The masks are the fingerprints, so the run must have kept its messages. The file is read and
-    never executed. Read docs/tracing.md before anybody is accused.
+    The masks are the fingerprints, so the run must have kept its messages.
+    The file is read and never executed. Read docs/tracing.md before anybody
+    is accused.
 
     [bold]Examples[/bold]
 
@@ -203,9 +204,15 @@ def _filling(name: str, run: Path) -> Mapping[str, Tensor] | None:
 
     if name == _NONE:
         return None
-    if name == _BASE:
+    if name != _BASE:
+        return read_model(name)
+    try:
         return read_state(_reopen(run)[1].model)
-    return read_model(name)
+    except AuditError as error:
+        fix = "Give the public base with --base FILE, or say --base none."
+        raise AuditError(
+            error.problem, expected=error.expected, found=error.found, where=error.where, fix=fix
+        ) from error
 
 
 def _reopen(run: Path) -> tuple[Config, Federation]:

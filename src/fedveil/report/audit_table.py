@@ -15,6 +15,7 @@ from fedveil.audit.words import title
 __all__ = ["alarm_lines", "attack_table", "inferred_line", "trace_table"]
 
 _OTHERS = 3
+_HIGH = 99
 
 
 def attack_table(audit: Audit) -> Table:
@@ -71,7 +72,7 @@ def _match_cells(match: Match) -> tuple[str, ...]:
         ", ".join(map(str, match.rounds)),
         chance,
         f"{match.share:.0%}",
-        f"{match.contrast:.1f}",
+        f"{match.contrast:.1f}" if match.contrast < _HIGH else f"> {_HIGH}",
     )
 
 

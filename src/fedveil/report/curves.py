@@ -91,8 +91,11 @@ def round_lines(run: RunFolder) -> list[Line]:
 
 
 def coalition_lines(run: RunFolder) -> list[Line]:
-    """What coalitions reach, against their size, beside the final models."""
-    attackers = _attackers(_attacks(run), run.metric, lambda attack: len(attack.clients))
+    """What coalitions reach, against their size, beside the final models; nothing of one size."""
+    attacks = _attacks(run)
+    if len({len(attack.clients) for attack in attacks}) < 2:
+        return []
+    attackers = _attackers(attacks, run.metric, lambda attack: len(attack.clients))
     return _drawn([*_final(run), *attackers, *_levels(run)]) if attackers else []
 
 
