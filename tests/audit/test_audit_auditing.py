@@ -214,6 +214,12 @@ class TestTheSentence:
     def test_some_of_the_gain(self):
         assert "has leaked, and 50 % of what" in sentence(self.found(75.0, 40.0, 60.0))
 
+    def test_no_lead_that_could_leak(self):
+        found = self.found(91.0, 89.5, 50.0)
+        lost = replace(found.attacks[1], leak=None)
+        text = sentence(replace(found, attacks=[found.attacks[0], lost]))
+        assert "91.0 %, and to 89.5 % without a released byte: your model is not ahead of" in text
+
     def test_nothing_leaked(self):
         text = sentence(self.found(60.0, 70.0, 50.0))
         assert "60.0 %, no further than without a released byte (70.0 %)." in text

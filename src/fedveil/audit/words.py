@@ -63,8 +63,10 @@ def _reached(audit: Audit, attack: Attacked) -> str:
     if own is None:
         return text
     alone = f"{own[audit.metric]:.1f} %"
-    if attack.leak is None or attack.leak < _NOTHING:
+    if attack.leak is not None and attack.leak < _NOTHING:
         return f"{text}, no further than without a released byte ({alone})"
+    if attack.leak is None:
+        return f"{text}, and to {alone} without a released byte: your model is not ahead of that"
     text += f", and to {alone} without a released byte"
     text += f": {attack.leak:.0%} of what your model is ahead of that has leaked".replace("%", " %")
     if attack.gain_shown is not None:

@@ -77,11 +77,12 @@ def audit(
     path = found.write(run)
     page = write_page(run)
     _show(found)
-    console.print(attack_table(found))
+    wide_console().print(attack_table(found))
     if (guess := inferred_line(found)) is not None:
-        console.print(guess)
+        say(console, guess)
     for line in alarm_lines(found):
-        console.print(line)
+        console.print(line, soft_wrap=True)
+    say(console, "what no figure here speaks for is on the page, and in docs/audit.md")
     console.print()
     say(console, f"figures: {path}")
     say(console, f"page: {page}")
@@ -184,7 +185,7 @@ def trace(
     console.print(found.sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print(found.granularity, markup=False, highlight=False, soft_wrap=True)
     console.print()
-    console.print(trace_table(found))
+    wide_console().print(trace_table(found))
     if out is not None:
         write_whole(out, json.dumps(found.to_json(), indent=1) + "\n", AuditError)
         say(console, f"figures: {out}")
@@ -193,7 +194,7 @@ def trace(
 def _show(found: Audit) -> None:
     console = Console()
     console.print()
-    console.print(found.sentence, style="bold", markup=False, highlight=False)
+    console.print(found.sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print()
 
 

@@ -76,12 +76,12 @@ def _match_cells(match: Match) -> tuple[str, ...]:
     )
 
 
-def inferred_line(audit: Audit) -> Text | None:
+def inferred_line(audit: Audit) -> str | None:
     """How well a client guesses what others contributed; None if that was not looked at."""
     if not audit.inferred:
         return None
     best = max(audit.inferred, key=lambda guess: guess.cosine)
-    return Text(
+    return (
         f"{best.client} guesses what others contributed to round {best.round} with cosine "
         f"{best.cosine:.2f} on {best.share:.0%} of the weights"
     )
