@@ -25,7 +25,8 @@ from fedveil.audit import Evidence, audit
 from fedveil.config.models import quiet_transformers
 from fedveil.data import bbc_news, minilm_folder, partition
 from fedveil.engine import Evaluation, Observer
-from fedveil.engine.workers import start_importing, threads
+from fedveil.engine.crew import threads
+from fedveil.engine.in_process import start_importing
 from fedveil.federation import Federation, Result
 from fedveil.report import ConsoleProgress, plot, summarize, table, write_summary
 from fedveil.report.page import write_page

@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +15,12 @@ import torch
 from torch import nn
 
 from fedveil.audit import Manifest, Stage
-from fedveil.engine import Evaluation, InProcess, Observer, RoundRecord
+from fedveil.engine import Evaluation, Observer, RoundRecord, Rounds
 from fedveil.engine.checkpoint import CheckpointFolder
-from fedveil.engine.in_process import clear
-from fedveil.engine.workers import Workplace
+from fedveil.engine.crew import Crew
+from fedveil.engine.in_process import Workplace, crew
+from fedveil.engine.memory import ClientFiles
+from fedveil.engine.rounds import clear
 from fedveil.errors import AuditError, ConfigurationError, DataError, FedveilError
 from fedveil.schemes import FedQSN, Scheme
 from fedveil.secret import Secret
@@ -200,9 +203,13 @@ class Federation:
         # What measures takes memory only if there is something to measure it on.
         measured = architecture_of(self._model, None if self._test is not None else "meta")
         manifest = Manifest.of(self._model, server.groups, configuration, self.config_file)
-        engine = InProcess(
+        engine = Rounds(
             server=server,
-            place=self._workplace(),
+            crew=self._crew,
+            clients=list(self._trainers),
+            remembers=self.scheme.client().remembers,
+            task=self._task,
+            test=self._test,
             model=measured,
             configuration=configuration,
             seed=self._seed,
@@ -210,7 +217,6 @@ class Federation:
             releases=self._releases,
             manifest=manifest,
             exposure_limit=self._exposure_limit,
-            workers=self._workers,
             evaluation=self._evaluation,
             folder=self._out,
             keep_messages=self._keep_messages,
@@ -295,6 +301,9 @@ class Federation:
             # Only where it is set: earlier versions did not know it.
             **({} if self._exposure_limit is None else {"exposure_limit": self._exposure_limit}),
         }
+
+    def _crew(self, memories: ClientFiles | None) -> AbstractContextManager[Crew]:
+        return crew(replace(self._workplace(), memories=memories), self._workers)
 
     def _workplace(self) -> Workplace:
         architecture = architecture_of(self._model)

@@ -13,7 +13,7 @@ from torch import nn
 from fedveil import ConfigurationError, FedAvg, FedQSN, ProtocolError, RegMean
 from fedveil.aggregation import aggregation_of
 from fedveil.aggregation.linear import linear_layers
-from fedveil.engine.workers import LocalRun
+from fedveil.training import LocalRun
 from toys import bert, federation, gpt2, mlp, reply_of, same, weights
 
 EXACT = RegMean(bits=None)

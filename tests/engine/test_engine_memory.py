@@ -66,13 +66,13 @@ def test_a_model_that_is_mapped_from_its_files_serves_as_it_is(tmp_path):
 @pytest.fixture
 def engines(monkeypatch):
     """Every engine that a federation starts."""
-    made, start = [], facade.InProcess
+    made, start = [], facade.Rounds
 
     def note(**settings):
         made.append(start(**settings))
         return made[-1]
 
-    monkeypatch.setattr(facade, "InProcess", note)
+    monkeypatch.setattr(facade, "Rounds", note)
     return made
 
 

@@ -2,15 +2,15 @@
 
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedveil import ConfigurationError, FedQSN, Observer, RoundRecord
-from fedveil.engine import InProcess
-from fedveil.engine.workers import Answer, InTurn
+from fedveil.engine import Rounds
+from fedveil.engine.crew import Answer
+from fedveil.engine.in_process import InTurn
 from toys import federation, files, metrics, mlp, rows, same, weights
 
 CLIENTS = {f"c{i}": rows(3, seed=i) for i in range(5)}
@@ -136,9 +136,9 @@ class TestImpossibleLimits:
 
 def sample(seed, number, *, wanted=None, releases=None, records=(), clients=CLIENTS):
     """What an engine with these settings draws."""
-    engine = InProcess(
-        server=None, place=SimpleNamespace(trainers=dict.fromkeys(clients)), model=None,
-        configuration={}, seed=seed, clients_per_round=wanted, releases=releases, workers=1,
+    engine = Rounds(
+        server=None, crew=None, clients=list(clients), remembers=False, task=None, test=None,
+        model=None, configuration={}, seed=seed, clients_per_round=wanted, releases=releases,
         evaluation=None, folder=None, keep_messages=False, observer=None, manifest=None,
         exposure_limit=None,
     )  # fmt: skip

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+import fedveil.federation as facade
 from fedveil import Evaluation, FedQSN
-from fedveil.engine import in_process
 from fedveil.schemes.fedqsn import FedQSNServer
 from fedveil.training import evaluate
 from fedveil.updates import SMALL
@@ -45,7 +45,7 @@ def windows(tensor: torch.Tensor) -> Iterator[bytes]:
 def run(request, tmp_path, monkeypatch):
     """A run with all that clients were handed, and the global model at the start of each round."""
     globals_, places = [], []
-    begin, crew = FedQSNServer.begin_round, in_process.crew
+    begin, crew = FedQSNServer.begin_round, facade.crew
 
     def spy_begin(server, number):
         globals_.append(snapshot(server.state().tensors))
@@ -56,7 +56,7 @@ def run(request, tmp_path, monkeypatch):
         return crew(place, workers)
 
     monkeypatch.setattr(FedQSNServer, "begin_round", spy_begin)
-    monkeypatch.setattr(in_process, "crew", spy_crew)
+    monkeypatch.setattr(facade, "crew", spy_crew)
     model = request.param()
     data = texts(9) if request.param is bert else rows(9)
     result = federation(

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import fedveil.federation as facade
 from fedveil import CheckpointError, FedQSN, FedveilError, Secret
-from fedveil.engine import in_process
 from fedveil.masking import Masking, Masks
 from fedveil.units import Slice, UnitGroup
 from fedveil.wire import Message
@@ -105,13 +105,13 @@ def spellings(value: bytes) -> list[bytes]:
 def test_the_secret_is_written_shown_and_handed_out_nowhere(tmp_path, monkeypatch, capsys, caplog):
     value = bytes(torch.randint(0, 256, (32,)).tolist())
     secret, shown = Secret(value), []
-    crew = in_process.crew
+    crew = facade.crew
 
     def spy(place, workers):
         shown.append(pickle.dumps(place))
         return crew(place, workers)
 
-    monkeypatch.setattr(in_process, "crew", spy)
+    monkeypatch.setattr(facade, "crew", spy)
     caplog.set_level(logging.DEBUG)
     bad = [{"image": "no image", "label": 0}]
     run = federation(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import fedveil
 from fedveil import FedAvg, FedQSN, FedveilError, ProtocolError
-from fedveil.engine.workers import Answer, InTurn
+from fedveil.engine.crew import Answer
+from fedveil.engine.in_process import InTurn
 from fedveil.quantization import quantize
 from fedveil.wire import Dense, Message, Statistics, UnitIndex
 from toys import SECRET, Nudge, bare, federation, mlp, reply_of, same, snapshot, weights

@@ -32,7 +32,8 @@ from fedveil import (
     shards,
 )  # fmt: skip
 from fedveil.engine.checkpoint import CheckpointFolder
-from fedveil.engine.workers import Answer, InTurn, Job, Pool
+from fedveil.engine.crew import Answer, Job
+from fedveil.engine.in_process import InTurn, Pool
 from fedveil.schemes.fedqsn import FedQSNServer
 from process import CLIENTS, SCHEME, standard
 from toys import (

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from training_samples import images, perceptron, same, state, texts
 
-from fedveil.engine.workers import LocalRun
-from fedveil.training import ImageClassification, TextClassification, Trainer, Training
+from fedveil.training import ImageClassification, LocalRun, TextClassification, Trainer, Training
 
 TASK = ImageClassification(num_labels=3)
 

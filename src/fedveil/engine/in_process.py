@@ -1,399 +1,247 @@
-"""All of a federation on one machine, over the same bytes that a network would carry."""
+"""Clients at work: in this process one after the other, or in single-threaded worker processes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-import shutil
+import copy
+import multiprocessing
+import os
+import signal
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 
+import torch
 from torch import nn
 
-from fedveil.audit import Exposure, Manifest
-from fedveil.engine.checkpoint import Checkpoint, CheckpointFolder
+from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, threads
 from fedveil.engine.memory import ClientFiles
-from fedveil.engine.observer import Observer
-from fedveil.engine.records import RoundRecord
-from fedveil.engine.workers import Answer, Crew, Desk, Job, Workplace, crew, threads
-from fedveil.errors import (
-    CheckpointError,
-    ConfigurationError,
-    ExposureError,
-    FedveilError,
-    ProtocolError,
-)
-from fedveil.files import write_whole
-from fedveil.schemes import ServerSide
-from fedveil.state import load_state
-from fedveil.training import evaluate
+from fedveil.errors import FedveilError, TrainingError
+from fedveil.schemes import ClientSide
+from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
 from fedveil.wire import Message
 
-__all__ = ["Evaluation", "InProcess"]
-
-# What clients keep, in the run folder.
-_CLIENTS = "clients"
-
-# Always the same, since the last bits of a loss depend on it.
-_MEASURING_THREADS = 2
+__all__ = ["InTurn", "Pool", "Workplace", "crew", "start_importing", "work"]
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What is measured on the owner's test set, and how often.
+class Workplace:
+    """All that clients have: no model weights, no secret, nothing of the server.
 
-    Attributes:
-        every: Measure the global model every so many rounds; 0 only after the last.
-        proxies_every: The same for the server model and for the clients' proxies, as received and
-            as trained, which costs two evaluations per client.
-        proxies: Measure at most this many of a round's clients; None measures all.
-        received: Measure proxies as received, too, and not only as trained.
-        base: Measure the base, too. Whoever compares schemes on one base needs it only once.
+    ``architecture`` is a model whose weights were wiped; ``test`` is the owner's test set, lent to
+    measure proxies in an experiment (real clients do not have it). ``memories`` is what clients
+    keep for themselves between rounds, if they do.
     """
 
-    every: int = 1
-    proxies_every: int = 0
-    proxies: int | None = None
-    received: bool = True
-    base: bool = True
+    architecture: nn.Module
+    side: ClientSide
+    task: Task
+    trainers: dict[str, Trainer]
+    test: Prepared | None
+    memories: ClientFiles | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("every", "proxies_every", "proxies"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            if not whole and not (name == "proxies" and value is None):
-                raise ConfigurationError(
-                    f"The setting {name!r} is impossible",
-                    expected="an integer of at least 0",
-                    found=repr(value),
-                )
+
+def work(place: Workplace, job: Job, write: Callable[[Message], bytearray | memoryview]) -> Answer:
+    """Do one job. Whatever goes wrong in it is the answer, not an exception."""
+    started = time.perf_counter()
+    try:
+        message = Message.from_bytes(job.proxy)
+        before = _measure_received(place, message) if "before" in job.measure else None
+        run = LocalRun(place.trainers[job.client], job.seed)
+        reply = write(_fit(place, job.client, message, run))
+        after = _measure(place) if "after" in job.measure else None
+    except FedveilError as error:
+        return Answer(job.client, None, error)
+    except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        failure = TrainingError(
+            "A client's training failed",
+            found=f"{type(error).__name__}: {error}",
+            where=f"{frame.filename}:{frame.lineno}",
+        )
+        return Answer(job.client, None, failure)
+    return Answer(job.client, reply, None, before, after, time.perf_counter() - started)
+
+
+def _fit(place: Workplace, client: str, message: Message, run: LocalRun) -> Message:
+    if place.memories is None:
+        return place.side.fit(message, place.architecture, run)
+    memory = place.memories.recall(client, message.round)
+    reply = place.side.fit(message, place.architecture, run, memory)
+    place.memories.keep(client, message.round, memory)
+    return reply
+
+
+def _measure_received(place: Workplace, message: Message) -> Measures | None:
+    place.side.load(message, place.architecture)
+    return _measure(place)
+
+
+def _measure(place: Workplace) -> Measures | None:
+    if place.test is None:
+        return None
+    return evaluate(place.architecture, place.task, place.test)
 
 
 @dataclass
-class InProcess:
-    """Runs rounds. Clients are sampled anew in each; replies are absorbed in sampled order.
+class InTurn:
+    """One client after the other, in this process, on one thread."""
 
-    The same configuration, secret and seed give the same bytes, whatever ``workers`` is.
+    place: Workplace
+    one_at_a_time: bool = True
 
-    Attributes:
-        server: The owner's half of the scheme.
-        place: What clients have.
-        model: The owner's model object, used to measure; its weights are overwritten.
-        configuration: What a checkpoint must agree with to be resumed.
-        seed: Decides sampling, batch order and dropout; nothing secret.
-        clients_per_round: How many clients take part in a round; None for all.
-        releases: How many proxies one client may be sent in all rounds together; None for any.
-        manifest: What the run is about. With a folder or a limit, every release is written down.
-        exposure_limit: Share of the model that one client may be shown in all rounds together.
-        workers: Client processes.
-        evaluation: What is measured.
-        folder: Where ``metrics.jsonl``, checkpoints and messages go; None writes nothing.
-        keep_messages: Keep exactly the bytes that each client received, and its reply; or
-            "proxies", what clients received alone.
+    def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:
+        """See :class:`Crew`."""
+        desk = Desk()
+        for job in jobs:
+            with threads(1):
+                answer = work(self.place, job, desk.write)
+            yield answer
+
+
+class Pool:
+    """Several processes of one thread each: two threads per process on two cores are far slower.
+
+    A process that dies costs its client the round; the pool is started again.
     """
 
-    server: ServerSide
-    place: Workplace
-    model: nn.Module
-    configuration: Mapping[str, Any]
-    seed: int
-    clients_per_round: int | None
-    releases: int | None
-    manifest: Manifest
-    exposure_limit: float | None
-    workers: int
-    evaluation: Evaluation
-    folder: Path | None
-    keep_messages: bool | Literal["proxies"]
-    observer: Observer
+    one_at_a_time = False
 
-    def run(self, rounds: int, *, resume: bool) -> list[RoundRecord]:
-        """Run until round ``rounds`` is finished; returns the records of all rounds.
+    def __init__(self, place: Workplace, workers: int) -> None:
+        self._place, self._workers = place, workers
+        self._executor = self._start()
 
-        Raises:
-            CheckpointError: If a checkpoint is in the way, damaged, foreign, or cannot be written.
-            ConfigurationError: If so many rounds need more releases than clients may be sent.
-            FedveilError: If no client at all gave a usable reply in a round.
-        """
-        records = self._take_up(resume)
-        self._open_exposure()
-        self._write_metrics(records)
-        self.check_budget(rounds)
-        self.observer.run_started(rounds, len(records))
-        if len(records) >= rounds:
-            return records
-        with self._memories(len(records)) as memories:
-            place = replace(self.place, memories=memories)
-            with crew(place, self.workers) as clients:
-                for number in range(len(records) + 1, rounds + 1):
-                    record = self._round(number, rounds, self._order(number, records), clients)
-                    records.append(record)
-                    self._save(records)
-                    if memories is not None:
-                        memories.settle(number)
-                    self.observer.round_finished(record)
-        return records
+    def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:
+        """See :class:`Crew`."""
+        waiting: deque[tuple[Job, Future[Answer]]] = deque()
+        for job in jobs:
+            waiting.append((job, self._submit(job)))
+            # One job beyond the busy workers keeps them busy; more would only hold memory.
+            if len(waiting) > self._workers:
+                yield self._next(waiting)
+        while waiting:
+            yield self._next(waiting)
 
-    @contextmanager
-    def _memories(self, finished: int) -> Iterator[ClientFiles | None]:
-        """What clients keep between rounds, if they do: with the run, or as long as it lasts."""
-        if not self.place.side.remembers:
-            yield None
-        elif self.folder is None:
-            with TemporaryDirectory(prefix="fedveil-") as folder:
-                yield ClientFiles(Path(folder))
-        else:
-            memories = ClientFiles(self.folder / _CLIENTS)
-            if not finished:
-                memories.clear()
-            yield memories
+    def close(self) -> None:
+        """Stop the processes."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def measure_model(self, model: nn.Module) -> dict[str, float] | None:
-        """What a model reaches on the owner's test set, or None without one."""
-        if self.place.test is None:
-            return None
-        # The workers are idle meanwhile, but as many threads as workers would add up otherwise.
-        with threads(_MEASURING_THREADS):
-            return evaluate(model, self.place.task, self.place.test)
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self._workers,
+            mp_context=_process_context(self._place),
+            initializer=_settle_in,
+            initargs=(self._place, torch.get_float32_matmul_precision()),
+        )
 
-    def _round(self, number: int, rounds: int, order: Sequence[str], clients: Crew) -> RoundRecord:
-        started = time.perf_counter()
-        record = RoundRecord(number)
-        self.observer.round_started(number, self._wanted)
-        self.server.begin_round(number)
-        answers, failures = [], []
-        # The workers have the cores: more threads here would only wait for one another.
-        with threads(1):
-            for answer in clients.answers(self._jobs(record, order, rounds)):
-                failure = self._absorb(record, answer)
-                failures += [failure] if failure else []
-                answers.append(answer)
-                told = str(failure) if failure else None
-                self.observer.client_finished(number, answer.client, told)
-        if not answers:
-            raise self._exhausted(record)
-        if len(failures) == len(answers):
-            raise failures[0]
-        record.metrics = dict(self.server.end_round())
-        record.measures = self._measure(number, rounds) | _mean_measures(answers)
-        record.seconds = time.perf_counter() - started
-        return record
+    def _submit(self, job: Job) -> Future[Answer]:
+        try:
+            return self._executor.submit(_work_here, job)
+        except BrokenProcessPool as error:
+            # An earlier job broke the pool just now: this one waits to be tried again with it.
+            broken: Future[Answer] = Future()
+            broken.set_exception(error)
+            return broken
 
-    @property
-    def _wanted(self) -> int:
-        return self.clients_per_round or len(self.place.trainers)
+    def _next(self, waiting: deque[tuple[Job, Future[Answer]]]) -> Answer:
+        job, future = waiting.popleft()
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            return self._again(job, waiting)
 
-    def check_budget(self, rounds: int) -> None:
-        """Refuse so many rounds if they need more releases than clients may be sent.
-
-        Raises:
-            ConfigurationError: If they do.
-        """
-        allowed = len(self.place.trainers) * (self.releases or rounds)
-        if rounds * self._wanted > allowed:
-            raise ConfigurationError(
-                "So many rounds need more releases than clients may be sent",
-                expected=f"at most {allowed // self._wanted} rounds of {self._wanted} clients",
-                found=f"{rounds} rounds with releases={self.releases}",
-                fix="Take fewer rounds with more local steps, fewer clients_per_round, or raise "
-                "releases.",
-            )
-
-    def _order(self, number: int, records: Sequence[RoundRecord]) -> list[str]:
-        """Who is asked first in a round, until enough take part; who may not be is left out.
-
-        If releases are limited, those come first who were sent least so far.
-        """
-        names = sorted(self.place.trainers)
-        dice = random.Random(f"{self.seed}/sample/{number}")  # noqa: S311
-        if self.releases is None:
-            chosen = dice.sample(names, self._wanted)
-            rest = sorted(set(names) - set(chosen))
-            return chosen + dice.sample(rest, len(rest))
-        sent = Counter(name for record in records for name in record.bytes_down)
-        order = sorted(dice.sample(names, len(names)), key=sent.__getitem__)
-        return [name for name in order if sent[name] < self.releases]
-
-    def _jobs(self, record: RoundRecord, order: Sequence[str], rounds: int) -> Iterator[Job]:
-        is_due = _is_due(self.evaluation.proxies_every, record.round, rounds)
-        most = self.evaluation.proxies
-        measured = 0 if not is_due else len(order) if most is None else most
-        views = ("before", "after") if self.evaluation.received else ("after",)
-        # Clients in this process are done with a proxy before the next one is asked for.
-        write = Desk().write if self.workers == 1 else Message.to_bytes
-        for client in order:
-            if len(record.bytes_down) == self._wanted:
-                return
-            proxy = write(self.server.release(client))
-            if (reason := self._refusal(client, proxy)) is not None:
-                record.refused[client] = reason
-                self.observer.client_refused(record.round, client, reason)
+    def _again(self, job: Job, waiting: deque[tuple[Job, Future[Answer]]]) -> Answer:
+        """A process died and took the pool with it: who killed it cannot be told, so each job that
+        was under way gets one more try, alone; the client whose try dies again has failed."""
+        self.close()
+        self._executor = self._start()
+        answer = self._alone(job)
+        for index, (other, future) in enumerate(waiting):
+            if future.done() and future.exception() is None:
                 continue
-            measure = views if len(record.bytes_down) < measured else ()
-            record.bytes_down[client] = len(proxy)
-            self._keep(record.round, client, "proxy", proxy)
-            yield Job(client, proxy, self._seed(record.round, client), measure)
+            done: Future[Answer] = Future()
+            done.set_result(self._alone(other))
+            waiting[index] = (other, done)
+        return answer
 
-    def _open_exposure(self) -> None:
-        self._exposure = None
-        if self.folder is not None:
-            self.manifest.write(self.folder)
-        if self.folder is not None or self.exposure_limit is not None:
-            self._exposure = Exposure(self.manifest, self.folder)
-
-    def _refusal(self, client: str, proxy: bytearray | memoryview) -> str | None:
-        """Why a client may not be sent this; if he may, it is written down as released."""
-        if self._exposure is None:
-            return None
-        message = Message.from_bytes(proxy)
-        if self.exposure_limit is not None:
-            share = self._exposure.share_after(client, message)
-            if share > self.exposure_limit:
-                return (
-                    f"it would bring what {client} was shown to {share:.1%} of the model, "
-                    f"and {self.exposure_limit:.1%} are allowed"
-                )
-        self._exposure.record(message)
-        return None
-
-    def _exhausted(self, record: RoundRecord) -> ExposureError:
-        return ExposureError(
-            f"No client may be released a proxy in round {record.round}",
-            expected=f"a release within exposure_limit={self.exposure_limit}",
-            found=next(iter(record.refused.values()), "no client"),
-            fix="The rounds before are kept. Sticky or grouped masks show a client nothing new in "
-            "later rounds; higher mask rates show less in the first.",
-        )
-
-    def _absorb(self, record: RoundRecord, answer: Answer) -> FedveilError | None:
-        """Use one answer; returns why it could not be used."""
-        if answer.reply is not None:
-            self._keep(record.round, answer.client, "update", answer.reply)
+    def _alone(self, job: Job) -> Answer:
         try:
-            if answer.failure is not None or answer.reply is None:
-                raise answer.failure or ProtocolError("A client gave no reply", where=answer.client)
-            reply = Message.from_bytes(answer.reply)
-            examples = _count(reply, "examples")
-            self.server.absorb(answer.client, reply, float(examples))
-        except FedveilError as error:
-            record.failed[answer.client] = str(error)
-            return error
-        record.bytes_up[answer.client] = len(answer.reply)
-        record.examples[answer.client] = examples
-        for name, losses in (("loss_first", record.loss_first), ("loss_last", record.loss_last)):
-            # Only a number for the log: a client that tells rubbish here loses no update by it.
-            if isinstance(loss := reply.scalars.get(name), float):
-                losses[answer.client] = loss
-        return None
-
-    def _measure(self, number: int, rounds: int) -> dict[str, dict[str, float]]:
-        """Measure the views that are due: each costs one evaluation."""
-        if self.place.test is None:
-            return {}
-        measures = {}
-        for view in self.server.views:
-            every = self.evaluation.every if view == "global" else self.evaluation.proxies_every
-            if _is_due(every, number, rounds):
-                load_state(self.model, self.server.view(view))
-                measures[view] = self.measure_model(self.model) or {}
-        return measures
-
-    def _seed(self, number: int, client: str) -> int:
-        text = f"{self.seed}/train/{number}/{client}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
-
-    def _take_up(self, resume: bool) -> list[RoundRecord]:
-        """Continue from the newest checkpoint, if that is wanted and there is one."""
-        if self.folder is None:
-            if resume:
-                raise ConfigurationError(
-                    "There is nothing to resume from", fix="Give the run a folder with out=..."
-                )
-            return []
-        folder = CheckpointFolder(self.folder / "checkpoints")
-        if not resume:
-            if folder.newest() is not None:
-                raise CheckpointError(
-                    "The run folder already holds a federation",
-                    where=str(self.folder),
-                    fix="Resume it, or use another folder.",
-                )
-            return []
-        checkpoint = folder.load(self.configuration)
-        if checkpoint is None:
-            return []
-        self.server.restore(checkpoint.state)
-        return checkpoint.records
-
-    def _save(self, records: Sequence[RoundRecord]) -> None:
-        if self.folder is None:
-            return
-        checkpoint = Checkpoint(self.server.state(), list(records), self.configuration)
-        CheckpointFolder(self.folder / "checkpoints").save(checkpoint)
-        self._write_metrics(records)
-
-    def _write_metrics(self, records: Iterable[RoundRecord]) -> None:
-        """The whole file anew: it says what the checkpoint says, also after a crash in between."""
-        if self.folder is None:
-            return
-        lines = "".join(json.dumps(record.to_json()) + "\n" for record in records)
-        fix = "The round is in the checkpoint: free some space and run again with resume."
-        write_whole(self.folder / "metrics.jsonl", lines, CheckpointError, fix)
-
-    def _keep(self, number: int, client: str, kind: str, data: bytearray | memoryview) -> None:
-        if self.folder is None or not self.keep_messages:
-            return
-        if self.keep_messages == "proxies" and kind != "proxy":
-            return
-        folder = self.folder / "messages" / f"round-{number:06d}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{client}.{kind}.safetensors").write_bytes(data)
-        except OSError as error:
-            raise CheckpointError(
-                "A message could not be kept",
-                found=str(error),
-                where=str(folder),
-                fix="The round before is in the checkpoint: free some space and run with resume.",
-            ) from error
+            return self._executor.submit(_work_here, job).result()
+        except BrokenProcessPool:
+            self.close()
+            self._executor = self._start()
+            failure = TrainingError(
+                "A client's process died", where=job.client, fix="Look for a lack of memory."
+            )
+            return Answer(job.client, None, failure)
 
 
-def clear(folder: Path) -> None:
-    """Remove what an earlier run wrote into its folder, and nothing else."""
-    for name in ("checkpoints", "messages", _CLIENTS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "run.json", "exposure.jsonl", "audit.json", "report.html"):
-        (folder / name).unlink(missing_ok=True)
+@contextmanager
+def crew(place: Workplace, workers: int) -> Iterator[Crew]:
+    """The clients of a run, at work until the context ends."""
+    if workers == 1:
+        yield InTurn(place)
+        return
+    pool = Pool(place, workers)
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
-def _is_due(every: int, number: int, rounds: int) -> bool:
-    return number == rounds or (every > 0 and number % every == 0)
+def start_importing(modules: Iterable[str]) -> None:
+    """Let worker processes begin to import ``modules`` in the background.
 
-
-def _count(reply: Message, name: str) -> int:
-    value = reply.scalars.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ProtocolError(
-            f"A reply does not say its {name}",
-            expected="a positive integer",
-            found=repr(value)[:80],
+    To be called as early as they are known: until then nobody waits for it. Later calls in the
+    same process change nothing.
+    """
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.get_context("forkserver").set_forkserver_preload(
+            sorted({*modules, __name__})
         )
-    return value
+        forkserver.ensure_running()
 
 
-def _mean_measures(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
-    means = {}
-    for name in ("before", "after"):
-        measured = [m for answer in answers if (m := getattr(answer, name)) is not None]
-        if measured:
-            means[f"proxy_{name}"] = {
-                key: sum(m[key] for m in measured) / len(measured) for key in measured[0]
-            }
-    return means
+def _process_context(place: Workplace) -> BaseContext:
+    """Processes that inherit nothing of the server's memory, started as fast as the system can.
+
+    A fork server imports the libraries once, before any thread exists, and forks from there.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    start_importing({type(place.architecture).__module__, type(place.task).__module__})
+    return multiprocessing.get_context("forkserver")
+
+
+_place: Workplace | None = None
+
+
+def _settle_in(place: Workplace, matmul_precision: str) -> None:
+    global _place
+    # Ctrl-C reaches every process of the terminal: the server stops its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_the_server, daemon=True).start()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(matmul_precision)  # as in the process that started this one
+    # Tensors that are handed to a process share memory with everyone else's: take a copy to train.
+    _place = replace(place, architecture=copy.deepcopy(place.architecture))
+
+
+def _leave_with_the_server() -> None:
+    """A server that is killed closes nothing: its workers would wait for work for ever."""
+    server = multiprocessing.parent_process()
+    assert server is not None
+    server.join()
+    os._exit(1)
+
+
+def _work_here(job: Job) -> Answer:
+    assert _place is not None
+    return work(_place, job, Message.to_bytes)
