@@ -25,10 +25,11 @@ from fedveil.demo import RELEASED_ONCE, SCHEMES, Scene, Setting, build_federatio
 from fedveil.demo import fast_matmul as fast
 
 ROUNDS = 12
-LAST = (1, 2, 4, 8, 12)
+LAST = (1, 2, 4, 8)
 """Proxies that one client keeps: the last so many that he was sent."""
-TOGETHER = (1, 2, 4, 8)
-"""Clients who pool what they were sent in the last round in which all of them took part."""
+IN_ONE_ROUND, IN_ALL = (2, 4), (2, 4, 8)
+"""Clients who pool what they were sent: in the last round in which all of them took part (more of
+them have such a round only early on), or in all rounds."""
 HEALERS = 4
 """Clients who train on: what it brings depends on their data; their mean is reported."""
 EFFORT = 2
@@ -54,13 +55,14 @@ def figures(evidence: Evidence, stage: Stage, setting: Setting) -> dict[str, flo
     sent = evidence.proxies([order[0]])
     for last in LAST:
         if last <= len(sent):
-            note(found, f"{last} of one client's proxies", evidence, stage, sent[-last:])
-    for size in TOGETHER:
-        pooled = last_common(evidence, order[:size])
-        if pooled:
+            note(found, f"the last {last} of one client's proxies", evidence, stage, sent[-last:])
+    note(found, "all of one client's proxies", evidence, stage, sent)
+    for size in IN_ONE_ROUND:
+        if pooled := last_common(evidence, order[:size]):
             note(found, f"{size} clients, one round", evidence, stage, pooled)
-            note(found, f"{size} clients, all rounds", evidence, stage,
-                 evidence.proxies(order[:size]))  # fmt: skip
+    for size in IN_ALL:
+        pooled = evidence.proxies(order[:size])
+        note(found, f"{size} clients, all rounds", evidence, stage, pooled)
     healed = [trained(evidence, stage, client) for client in order[:HEALERS]]
     return found | {name: statistics.mean(one[name] for one in healed) for name in healed[0]}
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from fedveil.audit import Manifest, Stage
 from fedveil.engine import Evaluation, Observer, RoundRecord, Rounds
 from fedveil.engine.checkpoint import CheckpointFolder
 from fedveil.engine.crew import Crew
-from fedveil.engine.in_process import Workplace, crew
+from fedveil.engine.in_process import Workplace, workers
 from fedveil.engine.memory import ClientFiles
 from fedveil.engine.rounds import clear
 from fedveil.errors import AuditError, ConfigurationError, DataError, FedveilError
@@ -27,7 +27,7 @@ from fedveil.secret import Secret
 from fedveil.state import architecture_of, copy_of, load_state, read_state, with_state
 from fedveil.training import Dataset, Prepared, Task, Trainer, Training
 
-__all__ = ["Federation", "Result"]
+__all__ = ["Federation", "Remote", "Result"]
 
 Rows = Dataset | Prepared
 """A data set, or what ``task.prepare`` made of one: to encode it once for several federations."""
@@ -61,6 +61,17 @@ class Result:
         return _mean([size for record in self.rounds for size in record.bytes_up.values()])
 
 
+@dataclass(frozen=True)
+class Remote:
+    """Clients whose data are on other machines: all that the owner knows of them is their names.
+
+    Attributes:
+        names: Of letters, digits, ``.``, ``_`` and ``-``.
+    """
+
+    names: tuple[str, ...]
+
+
 class Federation:
     """An owner's model and the clients on whose data it is fine-tuned.
 
@@ -76,7 +87,7 @@ class Federation:
     Args:
         model: The owner's model. It is never changed.
         clients: Data sets by client name (letters, digits, ``.``, ``_``, ``-``), or a sequence,
-            whose clients are called ``client-00`` and so on.
+            whose clients are called ``client-00`` and so on; or :class:`Remote` clients.
         task: What the model is trained for.
         scheme: The method; :class:`FedQSN` unless told.
         training: How clients train.
@@ -121,7 +132,7 @@ class Federation:
     def __init__(
         self,
         model: nn.Module,
-        clients: Mapping[str, Rows] | Sequence[Rows],
+        clients: Mapping[str, Rows] | Sequence[Rows] | Remote,
         *,
         task: Task,
         scheme: Scheme | None = None,
@@ -141,8 +152,9 @@ class Federation:
     ) -> None:
         self.scheme = scheme or FedQSN()
         self.training = training or Training()
-        named = _name_clients(clients)
-        _check_count("clients_per_round", clients_per_round, len(named))
+        named = {} if isinstance(clients, Remote) else _name_clients(clients)
+        self._names = _checked(clients.names if isinstance(clients, Remote) else tuple(named))
+        _check_count("clients_per_round", clients_per_round, len(self._names))
         _check_count("releases", releases, None)
         _check_count("workers", workers, None)
         _check_limit(exposure_limit)
@@ -176,7 +188,14 @@ class Federation:
         self.scheme.server(self._model, self._secret)  # says now what it cannot work with
         self._is_own, self._fingerprint = copy, _fingerprint(self._model)
 
-    def run(self, rounds: int, *, resume: bool = False, overwrite: bool = False) -> Result:
+    def run(
+        self,
+        rounds: int,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        crew: Crew | None = None,
+    ) -> Result:
         """Run until round ``rounds`` is finished.
 
         Args:
@@ -184,6 +203,8 @@ class Federation:
             resume: Continue from the newest checkpoint in ``out``, if there is one, to the same
                 result as an uninterrupted run.
             overwrite: Remove an earlier run from ``out`` first.
+            crew: Who does the clients' part, if they are on other machines (:mod:`fedveil.flower`);
+                None works with the data at hand, on this one.
 
         Raises:
             ConfigurationError: If the rounds need more releases than clients may be sent, or the
@@ -193,6 +214,13 @@ class Federation:
             FedveilError: If no client gave a usable reply in a round.
         """
         _check_count("rounds", rounds, None)
+        if crew is None and not self._trainers:
+            raise ConfigurationError(
+                "The clients' data are on other machines",
+                expected="an engine that reaches them",
+                found="none",
+                fix="Run it with a crew that reaches them: see fedveil.flower.",
+            )
         if resume and not self._secret_is_kept:
             raise ConfigurationError(
                 "A run can only be resumed with the secret it was begun with",
@@ -205,9 +233,10 @@ class Federation:
         manifest = Manifest.of(self._model, server.groups, configuration, self.config_file)
         engine = Rounds(
             server=server,
-            crew=self._crew,
-            clients=list(self._trainers),
-            remembers=self.scheme.client().remembers,
+            crew=self._in_process if crew is None else lambda _: nullcontext(crew),
+            clients=self._names,
+            # Clients elsewhere keep what they keep on their own machines.
+            remembers=crew is None and self.scheme.client().remembers,
             task=self._task,
             test=self._test,
             model=measured,
@@ -292,7 +321,11 @@ class Federation:
         return {
             "scheme": {"name": self.scheme.name, **asdict(self.scheme)},  # type: ignore[call-overload]
             "training": asdict(self.training),
-            "clients": {name: t.examples for name, t in sorted(self._trainers.items())},
+            # Of clients on other machines nobody here knows how much they have.
+            "clients": {
+                name: self._trainers[name].examples if name in self._trainers else None
+                for name in sorted(self._names)
+            },
             "clients_per_round": self._clients_per_round,
             "releases": self._releases,
             "seed": self._seed,
@@ -302,10 +335,11 @@ class Federation:
             **({} if self._exposure_limit is None else {"exposure_limit": self._exposure_limit}),
         }
 
-    def _crew(self, memories: ClientFiles | None) -> AbstractContextManager[Crew]:
-        return crew(replace(self._workplace(), memories=memories), self._workers)
+    def _in_process(self, memories: ClientFiles | None) -> AbstractContextManager[Crew]:
+        return workers(replace(self.workplace(), memories=memories), self._workers)
 
-    def _workplace(self) -> Workplace:
+    def workplace(self) -> Workplace:
+        """What clients have, for who does their part: no weights, no secret."""
         architecture = architecture_of(self._model)
         return Workplace(architecture, self.scheme.client(), self._task, self._trainers, self._test)
 
@@ -315,16 +349,22 @@ def _name_clients(clients: Mapping[str, Rows] | Sequence[Rows]) -> dict[str, Row
         named = dict(clients)
     else:
         named = {f"client-{i:02d}": data for i, data in enumerate(clients)}
-    if not named:
+    return named
+
+
+def _checked(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
         raise ConfigurationError("A federation needs clients", expected="at least 1", found="none")
-    for name in named:
+    if len(set(names)) < len(names):
+        raise ConfigurationError("Two clients have the same name", found=", ".join(sorted(names)))
+    for name in names:
         if not isinstance(name, str) or not _CLIENT_NAME.fullmatch(name) or set(name) == {"."}:
             raise ConfigurationError(
                 "A client's name cannot be used",
                 expected="1 to 64 letters, digits, '.', '_' and '-'",
                 found=repr(name),
             )
-    return named
+    return names
 
 
 def _prepared(who: str, task: Task, data: Rows) -> Any:

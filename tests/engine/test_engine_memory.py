@@ -84,7 +84,7 @@ def test_without_a_test_set_nothing_is_kept_to_measure(build, engines):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_clients_get_an_architecture_without_weights(build):
-    place = federation(build())._workplace()
+    place = federation(build()).workplace()
     assert not any(bool(t.any()) for t in place.architecture.state_dict().values())
 
 

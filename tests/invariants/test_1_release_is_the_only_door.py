@@ -45,7 +45,7 @@ def windows(tensor: torch.Tensor) -> Iterator[bytes]:
 def run(request, tmp_path, monkeypatch):
     """A run with all that clients were handed, and the global model at the start of each round."""
     globals_, places = [], []
-    begin, crew = FedQSNServer.begin_round, facade.crew
+    begin, crew = FedQSNServer.begin_round, facade.workers
 
     def spy_begin(server, number):
         globals_.append(snapshot(server.state().tensors))
@@ -56,7 +56,7 @@ def run(request, tmp_path, monkeypatch):
         return crew(place, workers)
 
     monkeypatch.setattr(FedQSNServer, "begin_round", spy_begin)
-    monkeypatch.setattr(facade, "crew", spy_crew)
+    monkeypatch.setattr(facade, "workers", spy_crew)
     model = request.param()
     data = texts(9) if request.param is bert else rows(9)
     result = federation(

@@ -105,13 +105,13 @@ def spellings(value: bytes) -> list[bytes]:
 def test_the_secret_is_written_shown_and_handed_out_nowhere(tmp_path, monkeypatch, capsys, caplog):
     value = bytes(torch.randint(0, 256, (32,)).tolist())
     secret, shown = Secret(value), []
-    crew = facade.crew
+    crew = facade.workers
 
     def spy(place, workers):
         shown.append(pickle.dumps(place))
         return crew(place, workers)
 
-    monkeypatch.setattr(facade, "crew", spy)
+    monkeypatch.setattr(facade, "workers", spy)
     caplog.set_level(logging.DEBUG)
     bad = [{"image": "no image", "label": 0}]
     run = federation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -46,6 +46,13 @@ class Crew(Protocol):
 
     def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:
         """Do the jobs. A job is asked for only when someone is about to be free for it."""
+
+    def present(self, wanted: int) -> Collection[str] | None:
+        """Clients who can be sent something now; None if all can.
+
+        Args:
+            wanted: How many are needed; they are waited for as long as that makes sense.
+        """
 
     @property
     def one_at_a_time(self) -> bool:

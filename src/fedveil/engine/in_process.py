@@ -28,7 +28,7 @@ from fedveil.schemes import ClientSide
 from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
 from fedveil.wire import Message
 
-__all__ = ["InTurn", "Pool", "Workplace", "crew", "start_importing", "work"]
+__all__ = ["InTurn", "Pool", "Workplace", "start_importing", "work", "workers"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,9 @@ class InTurn:
     place: Workplace
     one_at_a_time: bool = True
 
+    def present(self, wanted: int) -> None:
+        """See :class:`~fedveil.engine.crew.Crew`: all are here."""
+
     def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:
         """See :class:`Crew`."""
         desk = Desk()
@@ -117,6 +120,9 @@ class Pool:
     def __init__(self, place: Workplace, workers: int) -> None:
         self._place, self._workers = place, workers
         self._executor = self._start()
+
+    def present(self, wanted: int) -> None:
+        """See :class:`~fedveil.engine.crew.Crew`: all are here."""
 
     def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:
         """See :class:`Crew`."""
@@ -184,12 +190,12 @@ class Pool:
 
 
 @contextmanager
-def crew(place: Workplace, workers: int) -> Iterator[Crew]:
+def workers(place: Workplace, count: int) -> Iterator[Crew]:
     """The clients of a run, at work until the context ends."""
-    if workers == 1:
+    if count == 1:
         yield InTurn(place)
         return
-    pool = Pool(place, workers)
+    pool = Pool(place, count)
     try:
         yield pool
     finally:

@@ -173,7 +173,10 @@ class Rounds:
     def _round(self, number: int, rounds: int, order: Sequence[str], clients: Crew) -> RoundRecord:
         started = time.perf_counter()
         record = RoundRecord(number)
-        self.observer.round_started(number, self._wanted)
+        present = clients.present(self._wanted)
+        if present is not None:
+            order = [client for client in order if client in present]
+        self.observer.round_started(number, min(self._wanted, len(order)))
         self.server.begin_round(number)
         answers, failures = [], []
         # The workers have the cores: more threads here would only wait for one another.

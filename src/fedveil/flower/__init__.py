@@ -1,0 +1,39 @@
+"""Federations over machines, on Flower: proxies travel as raw bytes, one for each client.
+
+Flower's telemetry and update checks are off unless they are asked for.
+"""
+
+import os
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise Ray warns
+
+from fedveil.errors import ConfigurationError
+
+try:
+    import flwr  # noqa: F401
+except ImportError as error:
+    raise ConfigurationError(
+        "Federations over machines need Flower",
+        expected="the package flwr",
+        found="none",
+        fix="pip install 'fedveil[flower]'",
+    ) from error
+
+from fedveil.flower.client import Partner, client_app
+from fedveil.flower.crew import FlowerCrew, Patience
+from fedveil.flower.directory import ByAnswer, ByKey, Directory
+from fedveil.flower.simulation import simulate
+
+__all__ = [
+    "ByAnswer",
+    "ByKey",
+    "Directory",
+    "FlowerCrew",
+    "Partner",
+    "Patience",
+    "client_app",
+    "simulate",
+]

@@ -1,0 +1,94 @@
+"""A client's half on its own machine: a Flower ClientApp that trains proxies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedveil.engine.crew import Job, threads
+from fedveil.engine.in_process import Workplace, work
+from fedveil.errors import FedveilError, ProtocolError, WireError
+from fedveil.flower.payload import pack, unpack
+from fedveil.wire import Message as Wire
+
+__all__ = ["Partner", "client_app"]
+
+_LOG = logging.getLogger("fedveil")
+
+
+@dataclass(frozen=True)
+class Partner:
+    """What one client has on its machine.
+
+    Attributes:
+        name: What the owner calls it.
+        place: Its architecture, task and data: trainers for its own name.
+        threads: Threads to train on. The sums of one are the same everywhere; more are faster, and
+            differ in the last bits.
+    """
+
+    name: str
+    place: Workplace
+    threads: int = 1
+
+
+def client_app(partner: Callable[[Context], Partner]) -> ClientApp:
+    """A ClientApp that trains whatever proxy it is sent, and returns the update.
+
+    Whatever goes wrong, the server is told its kind and nothing of what an error said: that may
+    quote the client's data. The client's own log has it all.
+
+    Args:
+        partner: Finds what this client has; called for every message, in a new process each.
+
+    Does NOT protect the client's data from the server: see the scheme.
+    """
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        try:
+            content = pack(_train(message, partner(context)))
+        except Exception as error:
+            _LOG.exception("This round's training failed")
+            kind = type(error).__name__ if isinstance(error, FedveilError) else "other"
+            content = pack(None, {"failure": kind})
+        return Message(content=content, reply_to=message)
+
+    @app.query()
+    def name(message: Message, context: Context) -> Message:
+        try:
+            facts = {"client": partner(context).name}
+        except Exception:
+            _LOG.exception("This client is not set up")
+            facts = {}
+        return Message(content=pack(None, facts), reply_to=message)
+
+    return app
+
+
+def _train(message: Message, partner: Partner) -> bytearray | memoryview:
+    """The update that a proxy becomes.
+
+    Raises:
+        FedveilError: The message is none, or for another client; or training failed.
+    """
+    data, facts = unpack(message.content)
+    seed = facts.get("seed")
+    if data is None or not isinstance(seed, int):
+        raise WireError("A message has no proxy", expected="a proxy and a seed")
+    # Whoever is sent what is another's must not use it: masks are per client.
+    addressed = Wire.from_bytes(data).client
+    if addressed != partner.name:
+        raise ProtocolError(
+            "A proxy is for another client", expected=partner.name, found=addressed[:80]
+        )
+    with threads(partner.threads):
+        answer = work(partner.place, Job(partner.name, bytearray(data), seed), Wire.to_bytes)
+    if answer.reply is None:
+        raise answer.failure or ProtocolError("Training gave no update")
+    return answer.reply

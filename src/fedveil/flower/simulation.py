@@ -1,0 +1,120 @@
+"""A whole federation in Flower's simulation: clients in Ray's processes, on one machine."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedveil.engine.in_process import Workplace
+from fedveil.errors import ConfigurationError, FedveilError, ProtocolError
+from fedveil.federation import Federation, Result
+from fedveil.flower.client import Partner, client_app
+from fedveil.flower.crew import FlowerCrew, Patience
+from fedveil.flower.directory import ByAnswer
+
+__all__ = ["simulate"]
+
+_PATIENCE = Patience(deadline=86400.0, poll=0.05)
+_ASK_AGAIN = 30.0
+"""Seconds until nodes are asked for their names again: at first there are none."""
+
+
+def simulate(
+    federation: Federation, rounds: int, *, resume: bool = False, processes: int = 1
+) -> Result:
+    """Run a federation in Flower's simulation; the result is that of ``federation.run``.
+
+    Proxies are not measured: clients do not have the owner's test set.
+
+    Args:
+        federation: With data for every client.
+        rounds: Rounds in all.
+        resume: As of :meth:`fedveil.Federation.run`.
+        processes: Clients at work at a time, one core each.
+
+    Raises:
+        ConfigurationError: Ray is not installed.
+        FedveilError: As of :meth:`fedveil.Federation.run`.
+    """
+    _check_ray()
+    from flwr.simulation import run_simulation
+
+    done: list[Result | Exception] = []
+    app, broken = ServerApp(), Event()
+
+    def tell(_: str) -> None:
+        if broken.is_set():
+            raise ProtocolError("Flower's simulation broke down")
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            crew = FlowerCrew(grid, ByAnswer(_ASK_AGAIN, strict=True), _PATIENCE, tell)
+            done.append(federation.run(rounds, resume=resume, crew=crew))
+        except Exception as error:
+            done.append(error)
+
+    place = federation.workplace()
+    with TemporaryDirectory(prefix="fedveil-") as folder:
+        # By file: Ray would send all data along with every message.
+        path = Path(folder) / "place"
+        path.write_bytes(pickle.dumps(place))
+        try:
+            with warnings.catch_warnings():
+                # Of Flower and Ray, about each other.
+                warnings.simplefilter("ignore")
+                run_simulation(
+                    app,
+                    client_app(_Simulated(str(path))),
+                    num_supernodes=len(place.trainers),
+                    backend_config={
+                        "init_args": {"num_cpus": processes, "include_dashboard": False},
+                        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+                    },
+                )
+        finally:
+            # The owner's half runs in a thread of its own, and would wait for clients.
+            broken.set()
+    if not done:
+        raise FedveilError("The simulation stopped without a result")
+    if isinstance(done[0], Exception):
+        raise done[0]
+    return done[0]
+
+
+@dataclass(frozen=True)
+class _Simulated:
+    """Finds the client that a simulated node stands for."""
+
+    path: str
+
+    def __call__(self, context: Context) -> Partner:
+        place = _read(self.path)
+        name = sorted(place.trainers)[int(context.node_config["partition-id"])]
+        return Partner(name, place)
+
+
+@lru_cache(maxsize=1)
+def _read(path: str) -> Workplace:
+    place: Workplace = pickle.loads(Path(path).read_bytes())  # noqa: S301  written just now, by us
+    return place
+
+
+def _check_ray() -> None:
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        raise ConfigurationError(
+            "Flower's simulation needs Ray",
+            expected="the package ray",
+            found="none",
+            fix="pip install 'fedveil[simulation]'",
+        ) from None
