@@ -92,16 +92,19 @@ class TestThePapersRecipe:
             "own data alone", "union", "average", "intersection", "extrapolation",
         }  # fmt: skip
         assert {attack.polish for attack in paper.attacks} == {"", "healing", "distillation"}
-        assert {attack.holes for attack in paper.attacks} >= {"zeros", "public"}
+        assert {a.holes for a in paper.attacks if a.released} == {"zeros", "public"}
+        assert {a.holes for a in paper.attacks if not a.released} == {"nothing", "public"}
         assert all(title(attack) for attack in paper.attacks)
 
     def test_leaks_are_what_they_are_said_to_be(self, paper):
         top = paper.models["global"]["accuracy"]
         base = paper.models["base"]["accuracy"]
         for attack in paper.attacks:
-            own = next(
-                a for a in paper.attacks if not a.released and a.clients == attack.clients
-            ).measures["accuracy"]
+            own = max(
+                a.measures["accuracy"]
+                for a in paper.attacks
+                if not a.released and a.clients == attack.clients
+            )
             reached = attack.measures["accuracy"]
             if attack.released and attack.leak is not None:
                 assert attack.leak == pytest.approx((reached - own) / (top - own))

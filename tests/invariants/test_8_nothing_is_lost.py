@@ -146,7 +146,7 @@ class TestAClientThatFails:
 
 def test_a_pool_that_broke_between_two_jobs_still_does_the_second():
     federation_ = federation(mlp(), scheme=SCHEME, **with_bomb("kill"))
-    place = federation_._workplace()
+    place = federation_.workplace()
     server = SCHEME.server(mlp(), SECRET)
     server.begin_round(1)
 

@@ -36,6 +36,10 @@ class SignServer:
         self._ledger = RoundLedger[bool](scheme.name)
         self._votes = {}
 
+    @property
+    def groups(self):
+        return ()
+
     def begin_round(self, number):
         self._ledger.begin(number)
         self._votes = {name: torch.zeros_like(t) for name, t in self._global.floating()}

@@ -121,13 +121,18 @@ def audit(
         order = _by_what_they_saw(exposure)
     for clients in _coalitions([name for name in order if name in stage.data], sizes):
         attempt.by(clients)
+    strongest = max(
+        (attack for attack in attempt.found if attack.released),
+        key=lambda attack: attack.measures[METRIC],
+        default=None,
+    )
     found = Audit(
         sentence="",
         scheme=dict(evidence.manifest.configuration.get("scheme", {})),
         rounds=len(evidence.rounds),
         metric=METRIC,
         models=attempt.models,
-        own=max(attempt.own.values(), key=lambda found: found[METRIC], default={}),
+        own={} if strongest is None else attempt.own[strongest.clients],
         attacks=attempt.found,
         alarms=alarms,
         exposure={client: _exposed(evidence, exposure, client) for client in exposure.clients},
@@ -177,21 +182,34 @@ class _Attempt:
                 self._with_holes(name, clients, sent, collect(self.evidence, sent))
 
     def _own_work(self, clients: tuple[str, ...], sent: Sequence[Kept]) -> None:
-        """What these clients reach without a released byte: the floor under every leak."""
+        """What these clients reach without a released byte: the floor under every leak.
+
+        A quick audit tries the public model alone, if there is one: from nothing they get less far.
+        """
+        public = self.stage.public
+        if public is not None:
+            self._learn_alone(clients, sent, public, "public")
+        if public is None or self.full:
+            self._learn_alone(clients, sent, _fresh(self.stage), "nothing")
+
+    def _learn_alone(
+        self, clients: tuple[str, ...], sent: Sequence[Kept], start: State, origin: str
+    ) -> None:
         stage, who = self.stage, _who(clients)
-        start = stage.public if stage.public is not None else _fresh(stage)
         healed = heal(
             stage.model, stage.task, stage.pooled(clients), stage.training, start,
             rounds=self._rounds(sent), seed=stage.seed,
             tell=lambda text: self.tell(f"{who}: own data alone, {text}"),
         )  # fmt: skip
         tried = [stage.measure(start), stage.measure(healed.state)]
-        self.own[clients] = max(tried, key=lambda measures: measures[METRIC])
-        holes = "public" if stage.public is not None else "nothing"
+        reached = max(tried, key=lambda measures: measures[METRIC])
+        self.own[clients] = max(
+            reached, self.own.get(clients, reached), key=lambda measures: measures[METRIC]
+        )
         self.found.append(
             Attacked(
-                "own data alone", clients, 0, False, holes, "healing", self.own[clients],
-                leak=0.0, gain_shown=self._gain(self.own[clients]),
+                "own data alone", clients, 0, False, origin, "healing", reached,
+                leak=0.0, gain_shown=self._gain(reached),
             )
         )  # fmt: skip
 

@@ -114,7 +114,7 @@ class Audit:
         rounds: Rounds that the audited messages are of.
         metric: Which measure leaks are computed from.
         models: Measures of the owner's models: ``base``, ``public``, ``global``, ``server_model``.
-        own: Measures of the best that the attacker reaches without a released byte.
+        own: Measures of the best that the strongest attacker reaches without a released byte.
         attacks: All attacks, strongest last within their kind.
         alarms: All checks of the messages.
         exposure: By client.
@@ -150,9 +150,13 @@ class Audit:
         return max(tried, key=lambda attack: attack.measures[self.metric], default=None)
 
     def own_of(self, clients: tuple[str, ...]) -> Measures | None:
-        """What some clients reach without a released byte; None if that was not tried."""
-        same = (a for a in self.attacks if not a.released and a.clients == tuple(clients))
-        return next((attack.measures for attack in same), None)
+        """The best that some clients reach without a released byte; None if it was not tried."""
+        tried = (
+            attack.measures
+            for attack in self.attacks
+            if not attack.released and attack.clients == tuple(clients)
+        )
+        return max(tried, key=lambda measures: measures[self.metric], default=None)
 
     def write(self, folder: Path) -> Path:
         """Write ``audit.json``, whole or not at all; returns its path.

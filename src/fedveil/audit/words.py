@@ -33,7 +33,9 @@ _TITLES: Final = {
 def title(attack: Attacked) -> str:
     """What was done, for people who were not there."""
     parts = [_TITLES.get(attack.attack, attack.attack)]
-    if attack.released:
+    if not attack.released:
+        parts.append(f"from {'the public model' if attack.holes == 'public' else 'nothing'}")
+    else:
         parts.append(f"holes: {attack.holes}")
     if attack.polish:
         parts.append(attack.polish)

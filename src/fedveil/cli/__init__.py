@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +19,6 @@ from typer.core import TyperGroup
 from fedveil.errors import CheckpointError, ConfigurationError, FedveilError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from fedveil.config import Config
     from fedveil.federation import Result
 
@@ -38,6 +37,13 @@ _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+class Engine(Enum):
+    """Where clients of a federation on one machine run."""
+
+    IN_PROCESS = "in-process"
+    FLOWER_SIMULATION = "flower-simulation"
 
 
 class _Group(TyperGroup):
@@ -159,6 +165,9 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder.", show_default=False)] = None,
     workers: Workers = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Where clients run: in worker processes, or in Flower's on Ray.")
+    ] = Engine.IN_PROCESS,
     debug: Debug = False,
 ) -> None:
     """Run the federation that a TOML file describes (see docs/configuration.md).
@@ -185,7 +194,16 @@ def run(
     say(console, f"secret: {config.secret_path}" + (" (new: keep it, keep it safe)" * fresh))
     with ConsoleProgress(console) as progress:
         federation = build(config, observer=progress)
-        result = federation.run(config.federation.rounds, resume=resume, overwrite=overwrite)
+        wanted = config.federation.rounds
+        if engine is Engine.FLOWER_SIMULATION:
+            from fedveil.flower import simulate
+
+            processes = config.federation.workers
+            result = simulate(
+                federation, wanted, resume=resume, overwrite=overwrite, processes=processes
+            )
+        else:
+            result = federation.run(wanted, resume=resume, overwrite=overwrite)
     _report(console, config, result)
 
 
@@ -426,6 +444,7 @@ def _check_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
 
 
 def _report(console: Console, config: Config, result: Result) -> None:
+    from fedveil.config import save_model
     from fedveil.report import plot, summarize, table, write_summary
 
     seconds = sum(record.seconds for record in result.rounds)
@@ -433,32 +452,13 @@ def _report(console: Console, config: Config, result: Result) -> None:
     summary: dict[str, Any] = {"fp32_bytes": result.parameters_bytes, "schemes": schemes}
     figures = write_summary(config.out, result.parameters_bytes, schemes)
     plot(summary, config.out / "summary.png")
-    model = _save_model(config, result.global_model)
+    model = save_model(config, result.global_model)
     console.print()
     console.print(table(summary))
     console.print()
     say(console, f"figures: {figures}, {config.out / 'metrics.jsonl'}")
     say(console, f"picture: {config.out / 'summary.png'}")
     say(console, f"your tuned model: {model}")
-
-
-def _save_model(config: Config, model: nn.Module) -> Path:
-    """The model in its own format, or its tensors; a folder that is there is whole."""
-    from fedveil.config.building import tokenizer_name
-    from fedveil.config.models import load_tokenizer, quiet_transformers
-    from fedveil.shards import SHARD_BYTES, whole_folder, write_shards
-    from fedveil.state import read_state
-
-    folder = config.out / "model"
-    with whole_folder(folder) as aside:
-        if hasattr(model, "save_pretrained"):
-            with quiet_transformers():
-                model.save_pretrained(aside, max_shard_size=SHARD_BYTES)  # type: ignore[operator]
-        else:
-            write_shards(read_state(model), aside)
-        if config.data.task == "text-classification":
-            load_tokenizer(tokenizer_name(config), config.path.parent).save_pretrained(aside)
-    return folder
 
 
 def say(console: Console, line: str) -> None:
@@ -488,4 +488,4 @@ def wide_console() -> Console:
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_WIDE)
 
 
-from fedveil.cli import audits  # noqa: E402, F401  commands register themselves
+from fedveil.cli import audits, deploying  # noqa: E402, F401  commands register themselves

@@ -11,12 +11,15 @@ from fedveil.config.models import find_function, load_model, load_tokenizer
 from fedveil.config.sources import load_rows
 from fedveil.config.tables import is_function
 from fedveil.engine import Observer
+from fedveil.engine.in_process import Workplace
+from fedveil.engine.memory import ClientFiles
 from fedveil.errors import ConfigurationError
-from fedveil.federation import Federation
+from fedveil.federation import Federation, Remote
 from fedveil.secret import Secret
-from fedveil.training import ImageClassification, Task, TextClassification
+from fedveil.state import architecture_of
+from fedveil.training import ImageClassification, Task, TextClassification, Trainer
 
-__all__ = ["build", "open_secret"]
+__all__ = ["build", "build_workplace", "open_secret"]
 
 
 def build(config: Config, *, observer: Observer | None = None) -> Federation:
@@ -32,12 +35,19 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
     Raises:
         FedveilError: Data or model cannot be found or do not fit together.
     """
+    if config.partner is not None:
+        raise ConfigurationError(
+            "This is a client's file",
+            expected="an owner's, without [partner]",
+            where=str(config.path),
+            fix="A client's SuperNode reads it.",
+        )
     rows = load_rows(config)
     folder, seed = config.path.parent, config.federation.seed
     model = load_model(config.model, config.data.task, rows.names, folder, seed=seed)
     federation = Federation(
         model,
-        rows.clients,
+        rows.clients if config.partners is None else Remote(tuple(config.partners.names)),
         task=_task(config, model, len(rows.names)),
         scheme=config.scheme,
         training=config.training,
@@ -55,6 +65,29 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
     )
     federation.config_file = config.path.absolute()
     return federation
+
+
+def build_workplace(config: Config) -> Workplace:
+    """What a client has, of its own file: no weights, whatever lies beside the architecture.
+
+    Raises:
+        ConfigurationError: It is an owner's file.
+        FedveilError: Data or architecture cannot be found or do not fit together.
+    """
+    if config.partner is None:
+        raise ConfigurationError(
+            "This is no client's file",
+            expected="a table [partner] with the client's name",
+            found="none",
+            where=str(config.path),
+        )
+    rows, folder = load_rows(config), config.path.parent
+    model = load_model(config.model, config.data.task, rows.names, folder, seed=0, weights=False)
+    task, name = _task(config, model, len(rows.names)), config.partner.name
+    side = config.scheme.client()
+    memories = ClientFiles(config.resolve(config.partner.memory)) if side.remembers else None
+    trainer = Trainer(task, task.prepare(rows.clients[name]), config.training)
+    return Workplace(architecture_of(model), side, task, {name: trainer}, None, memories)
 
 
 def open_secret(config: Config) -> Secret:

@@ -18,6 +18,8 @@ from fedveil.config.tables import (
     FederationTable,
     ModelTable,
     PartitionTable,
+    PartnersTable,
+    PartnerTable,
     Table,
     table_of,
 )
@@ -33,6 +35,8 @@ _TABLES = (
     "data",
     "partition",
     "clients",
+    "partner",
+    "partners",
     "scheme",
     "training",
     "evaluation",
@@ -51,6 +55,8 @@ class Config:
         data: Where rows come from.
         partition: How the training rows are divided; None if `clients` names files.
         clients: One file per client; empty if the rows are divided.
+        partners: Clients on other machines; None if all data are here.
+        partner: Whose file this is, if it is a client's; None in an owner's.
         scheme: The method.
         scheme_name: What to call it in reports: its name, and its preset if one was chosen.
         training: How clients train.
@@ -63,6 +69,8 @@ class Config:
     data: DataTable
     partition: PartitionTable | None
     clients: Mapping[str, str]
+    partners: PartnersTable | None
+    partner: PartnerTable | None
     scheme: Scheme
     scheme_name: str
     training: Training
@@ -116,8 +124,10 @@ def load_config(path: str | Path) -> Config:
         path=path,
         model=_read(ModelTable, "model", tables["model"], problems),
         data=data,
-        partition=partition if data is not None and data.train is not None else None,
+        partition=partition if data is not None and _is_divided(raw, data) else None,
         clients=_read_clients(tables["clients"], problems),
+        partners=_read_if(PartnersTable, "partners", raw, tables, problems),
+        partner=_read_if(PartnerTable, "partner", raw, tables, problems),
         scheme=scheme,
         scheme_name=scheme_name,
         training=_read_settings(Training, "training", tables["training"], problems),
@@ -150,6 +160,17 @@ def _read(kind: type[Table], table: str, values: Mapping[str, Any], problems: Pr
     except ValidationError as error:
         problems.add_all(table, error, list(kind.model_fields))
         return None
+
+
+def _read_if(
+    kind: type[Table],
+    name: str,
+    raw: Mapping[str, Any],
+    tables: Mapping[str, Mapping[str, Any]],
+    problems: Problems,
+) -> Any:
+    """The checked table if the file has it, else None."""
+    return _read(kind, name, tables[name], problems) if name in raw else None
 
 
 def _read_settings(
@@ -215,22 +236,35 @@ def _read_clients(values: Mapping[str, Any], problems: Problems) -> dict[str, st
     return dict(values)
 
 
+def _is_divided(raw: Mapping[str, Any], data: DataTable) -> bool:
+    return data.train is not None and "partner" not in raw
+
+
 def _check_sources(
     tables: Mapping[str, Any], data: DataTable, partition: PartitionTable, problems: Problems
 ) -> None:
-    """Either one data set is divided, or each client has a file."""
-    clients = tables["clients"]
-    if bool(clients) == (data.train is not None):
+    """One data set is divided, or each client has a file, or clients are on other machines."""
+    clients, partners, partner = (tables[name] for name in ("clients", "partners", "partner"))
+    given = {"train": data.train, "[clients]": clients, "[partners]": partners}
+    found = [name for name, value in given.items() if value]
+    if len(found) != 1:
         problems.add(
             "It is not clear what the clients train on", "data",
-            expected="either `train`, divided by [partition], or [clients] with one file each",
-            found="both" if clients else "neither",
+            expected="one of: `train`, divided by [partition]; [clients] with one file each; "
+            "[partners] with the names of clients on other machines",
+            found=" and ".join(found) or "none of them",
         )  # fmt: skip
-    if clients and tables["partition"]:
-        problems.add("There is nothing to divide", "partition", fix="[clients] names their files.")
-    if data.train is not None and partition.how != "column" and partition.clients is None:
+    if (clients or partners or partner) and tables["partition"]:
+        problems.add("There is nothing to divide", "partition", fix="Leave [partition] out.")
+    if (partners or partner) and data.labels is None and data.task.endswith("classification"):
+        problems.add(
+            "A key is missing", "data", "labels", expected="all class names in order",
+            fix="Machines that do not see each other's data must number classes alike.",
+        )  # fmt: skip
+    is_divided = data.train is not None and not partner
+    if is_divided and partition.how != "column" and partition.clients is None:
         problems.add("A key is missing", "partition", "clients", expected="a number of clients")
-    most = len(clients) or partition.clients
+    most = len(clients) or len(partners.get("names") or ()) or partition.clients
     asked = tables["federation"].get("clients_per_round")
     if isinstance(asked, int) and most and asked > most:
         problems.add(

@@ -33,7 +33,13 @@ _CLASSES = {
 
 
 def load_model(
-    table: ModelTable, task: str, names: Sequence[str], folder: Path, *, seed: int
+    table: ModelTable,
+    task: str,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    seed: int,
+    weights: bool = True,
 ) -> nn.Module:
     """The owner's model, with a head for the classes.
 
@@ -43,6 +49,7 @@ def load_model(
         names: The classes in order.
         folder: What paths are relative to; modules are looked for there as well.
         seed: Decides the weights that start at random: the same seed, the same model.
+        weights: Whether to load weights; without them a folder needs only its config.json.
 
     Raises:
         FedveilError: It cannot be found or loaded, or has a head for other classes.
@@ -60,7 +67,8 @@ def load_model(
         if is_function(table.name):
             model = _call(find_function(table.name, folder), table.name, classes)
             return model.to(getattr(torch, table.dtype))
-        return _load_pretrained(table, task, names, classes, place_of(table.name, folder))
+        place = place_of(table.name, folder)
+        return _load_pretrained(table, task, names, classes, place, weights)
 
 
 def load_tokenizer(name: str, folder: Path) -> Any:
@@ -151,14 +159,24 @@ def _call(function: Callable[..., Any], name: str, classes: int | None) -> nn.Mo
 
 
 def _load_pretrained(
-    table: ModelTable, task: str, names: Sequence[str], classes: int, place: str
+    table: ModelTable,
+    task: str,
+    names: Sequence[str],
+    classes: int,
+    place: str,
+    weights: bool,
 ) -> nn.Module:
     words: dict[str, Any] = {"num_labels": classes}
     if classes == len(names):
         words["id2label"] = dict(enumerate(names))
         words["label2id"] = {name: number for number, name in enumerate(names)}
     with quiet_transformers() as transformers, _explained("model", place):
-        model: nn.Module = getattr(transformers, _CLASSES[task]).from_pretrained(
+        kind = getattr(transformers, _CLASSES[task])
+        if not weights:
+            config = transformers.AutoConfig.from_pretrained(place, **words)
+            bare: nn.Module = kind.from_config(config, dtype=getattr(torch, table.dtype))
+            return bare
+        model: nn.Module = kind.from_pretrained(
             place,
             dtype=getattr(torch, table.dtype),
             ignore_mismatched_sizes=table.new_head,

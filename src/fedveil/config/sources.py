@@ -25,7 +25,7 @@ class Rows:
     """What clients train on, what the owner tests on, and the class names of both.
 
     Attributes:
-        clients: Rows by client.
+        clients: Rows by client; none of clients on other machines.
         test: The owner's rows, or None.
         names: Class names in order.
     """
@@ -42,14 +42,21 @@ def load_rows(config: Config) -> Rows:
         FedveilError: Some cannot be found or used; the error says whose they are.
     """
     data, seed = config.data, config.federation.seed
-    if config.partition is not None:
+    parts: dict[str, datasets.Dataset]
+    files = dict(config.clients)
+    if config.partner is not None:
+        assert data.train is not None
+        files = {config.partner.name: data.train}
+    if config.partners is not None:
+        parts = {}
+    elif config.partition is not None:
         assert data.train is not None
         whole = _load(config, data.train, data.train_split)
         parts = {_TRAIN: _draw(whole, data.train_limit, seed)}
     else:
         parts = {
             f"client {name}": _draw(_load(config, file, data.train_split), data.train_limit, seed)
-            for name, file in config.clients.items()
+            for name, file in files.items()
         }
     names = data.labels or _class_names(parts, data.label, config.model.num_labels)
     encoded = {who: _encode(rows, who, data.label, names) for who, rows in parts.items()}
@@ -58,7 +65,7 @@ def load_rows(config: Config) -> Rows:
         rows = _draw(_load(config, data.test, data.test_split), data.test_limit, seed)
         test = _encode(rows, _TEST, data.label, names)
     if config.partition is None:
-        return Rows(dict(zip(config.clients, encoded.values(), strict=True)), test, names)
+        return Rows(dict(zip(files, encoded.values(), strict=True)), test, names)
     return Rows(_divide(config, encoded[_TRAIN]), test, names)
 
 

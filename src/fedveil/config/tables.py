@@ -16,6 +16,8 @@ __all__ = [
     "FederationTable",
     "ModelTable",
     "PartitionTable",
+    "PartnerTable",
+    "PartnersTable",
     "Table",
     "is_function",
     "table_of",
@@ -29,6 +31,7 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 AtLeastOne = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Word = Annotated[str, Field(min_length=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Table(BaseModel):
@@ -129,6 +132,38 @@ class FederationTable(Table):
     secret_file: Word = "federation.secret"  # noqa: S105  the name of a file
     out: Word | None = None
     keep_messages: bool | Literal["proxies"] = False
+
+
+class PartnerTable(Table):
+    """[partner]: whose file this is, if it is a client's and not the owner's.
+
+    Attributes:
+        name: What the owner calls the client.
+        threads: Threads to train on. The sums of one are the same everywhere; more are faster.
+        memory: Folder for what the client keeps from round to round, if the scheme wants it.
+    """
+
+    name: Word
+    threads: AtLeastOne = 1
+    memory: Word = "memory"
+
+
+class PartnersTable(Table):
+    """[partners]: clients on other machines; see :class:`fedveil.engine.patience.Patience`.
+
+    Attributes:
+        names: What clients are called.
+        keys: Folder of the public keys of their SuperNodes, NAME.pub each.
+        deadline: Seconds that a round takes at most if enough have answered by then.
+        quorum: How many answers are enough; by default more than half.
+        give_up: Seconds after which the owner stops waiting for enough of them.
+    """
+
+    names: Annotated[list[Word], Field(min_length=1)]
+    keys: Word = "deployment/owner/keys"
+    deadline: Seconds = 3600.0
+    quorum: AtLeastOne | None = None
+    give_up: Seconds = 86400.0
 
 
 def table_of(settings: type) -> type[Table]:

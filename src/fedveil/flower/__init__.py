@@ -22,8 +22,9 @@ except ImportError as error:
         fix="pip install 'fedveil[flower]'",
     ) from error
 
+from fedveil.engine.patience import Patience
 from fedveil.flower.client import Partner, client_app
-from fedveil.flower.crew import FlowerCrew, Patience
+from fedveil.flower.crew import FlowerCrew
 from fedveil.flower.directory import ByAnswer, ByKey, Directory
 from fedveil.flower.simulation import simulate
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import pickle
+import os
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Event
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedveil.engine.in_process import Workplace
+from fedveil.engine.patience import Patience
 from fedveil.errors import ConfigurationError, FedveilError, ProtocolError
 from fedveil.federation import Federation, Result
 from fedveil.flower.client import Partner, client_app
-from fedveil.flower.crew import FlowerCrew, Patience
+from fedveil.flower.crew import FlowerCrew
 from fedveil.flower.directory import ByAnswer
 
 __all__ = ["simulate"]
@@ -28,7 +29,12 @@ _ASK_AGAIN = 30.0
 
 
 def simulate(
-    federation: Federation, rounds: int, *, resume: bool = False, processes: int = 1
+    federation: Federation,
+    rounds: int,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    processes: int = 1,
 ) -> Result:
     """Run a federation in Flower's simulation; the result is that of ``federation.run``.
 
@@ -38,13 +44,14 @@ def simulate(
         federation: With data for every client.
         rounds: Rounds in all.
         resume: As of :meth:`fedveil.Federation.run`.
+        overwrite: As of :meth:`fedveil.Federation.run`.
         processes: Clients at work at a time, one core each.
 
     Raises:
         ConfigurationError: Ray is not installed.
         FedveilError: As of :meth:`fedveil.Federation.run`.
     """
-    _check_ray()
+    ray = _ray()
     from flwr.simulation import run_simulation
 
     done: list[Result | Exception] = []
@@ -58,31 +65,28 @@ def simulate(
     def main(grid: Grid, context: Context) -> None:
         try:
             crew = FlowerCrew(grid, ByAnswer(_ASK_AGAIN, strict=True), _PATIENCE, tell)
-            done.append(federation.run(rounds, resume=resume, crew=crew))
+            done.append(federation.run(rounds, resume=resume, overwrite=overwrite, crew=crew))
         except Exception as error:
             done.append(error)
 
     place = federation.workplace()
-    with TemporaryDirectory(prefix="fedveil-") as folder:
-        # By file: Ray would send all data along with every message.
-        path = Path(folder) / "place"
-        path.write_bytes(pickle.dumps(place))
+    with warnings.catch_warnings():
+        # Of Flower and Ray, about each other.
+        warnings.simplefilter("ignore")
+        _start_ray(processes)
         try:
-            with warnings.catch_warnings():
-                # Of Flower and Ray, about each other.
-                warnings.simplefilter("ignore")
-                run_simulation(
-                    app,
-                    client_app(_Simulated(str(path))),
-                    num_supernodes=len(place.trainers),
-                    backend_config={
-                        "init_args": {"num_cpus": processes, "include_dashboard": False},
-                        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-                    },
-                )
+            # Kept by Ray once, rather than sent along with every message.
+            partner = _Simulated(ray.put(place), tuple(sorted(place.trainers)))
+            run_simulation(
+                app,
+                client_app(partner),
+                num_supernodes=len(place.trainers),
+                backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+            )
         finally:
             # The owner's half runs in a thread of its own, and would wait for clients.
             broken.set()
+            ray.shutdown()
     if not done:
         raise FedveilError("The simulation stopped without a result")
     if isinstance(done[0], Exception):
@@ -94,23 +98,35 @@ def simulate(
 class _Simulated:
     """Finds the client that a simulated node stands for."""
 
-    path: str
+    place: Any
+    names: tuple[str, ...]
 
     def __call__(self, context: Context) -> Partner:
-        place = _read(self.path)
-        name = sorted(place.trainers)[int(context.node_config["partition-id"])]
-        return Partner(name, place)
+        name = self.names[int(context.node_config["partition-id"])]
+        return Partner(name, _fetch(self.place))
 
 
 @lru_cache(maxsize=1)
-def _read(path: str) -> Workplace:
-    place: Workplace = pickle.loads(Path(path).read_bytes())  # noqa: S301  written just now, by us
-    return place
+def _fetch(place: Any) -> Workplace:
+    """What clients have: once in each process."""
+    import ray
+
+    found: Workplace = ray.get(place)
+    return found
 
 
-def _check_ray() -> None:
+def _start_ray(processes: int) -> None:
+    import ray
+
+    path = os.pathsep.join(sys.path)
+    ray.init(
+        num_cpus=processes, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}}
+    )
+
+
+def _ray() -> Any:
     try:
-        import ray  # noqa: F401
+        import ray
     except ImportError:
         raise ConfigurationError(
             "Flower's simulation needs Ray",
@@ -118,3 +134,4 @@ def _check_ray() -> None:
             found="none",
             fix="pip install 'fedveil[simulation]'",
         ) from None
+    return ray

@@ -87,7 +87,9 @@ def round_lines(run: RunFolder) -> list[Line]:
         lines = _final(run)
     single = [attack for attack in _attacks(run) if len(attack.clients) == 1]
     lines += _attackers(single, run.metric, lambda attack: attack.rounds)
-    return _drawn([*lines, *_levels(run)])
+    alone = dict(_alone(run)).get(1, reach(run.audit.own, run.metric) if run.audit else None)
+    own = _level("attacker without a released byte", "own", alone)
+    return _drawn([*lines, *_levels(run), own])
 
 
 def coalition_lines(run: RunFolder) -> list[Line]:
@@ -96,7 +98,8 @@ def coalition_lines(run: RunFolder) -> list[Line]:
     if len({len(attack.clients) for attack in attacks}) < 2:
         return []
     attackers = _attackers(attacks, run.metric, lambda attack: len(attack.clients))
-    return _drawn([*_final(run), *attackers, *_levels(run)]) if attackers else []
+    own = Line("attackers without a released byte", "own", _points(_alone(run)))
+    return _drawn([*_final(run), *attackers, *_levels(run), own]) if attackers else []
 
 
 def loss_lines(run: RunFolder) -> list[Line]:
@@ -168,12 +171,20 @@ def _levels(run: RunFolder) -> list[Line]:
     if run.metric == "accuracy":
         values["base"] = values["base"] if run.audit else run.figures.get("base")
         own_data = run.figures.get("own_data")
-    own = reach(run.audit.own, run.metric) if run.audit else None
     return [
         *(_level(name, key, values[key]) for key, name in _LEVELS.items()),
         _level("own data alone (mean of the clients)", "own_data", own_data),
-        _level("attacker without a released byte", "own", own),
     ]
+
+
+def _alone(run: RunFolder) -> list[tuple[int, float | None]]:
+    """What coalitions reach without a released byte, by their size."""
+    tried: dict[int, list[Attacked]] = defaultdict(list)
+    for attack in run.audit.attacks if run.audit else ():
+        if not attack.released:
+            tried[len(attack.clients)].append(attack)
+    found = ((size, best(attacks, run.metric)) for size, attacks in sorted(tried.items()))
+    return [(size, reach(one.measures, run.metric)) for size, one in found if one is not None]
 
 
 def _level(name: str, look: str, value: float | None) -> Line:

@@ -148,6 +148,8 @@ class Scheme(ABC):
     """One method. A subclass is a frozen dataclass: its fields are its configuration."""
 
     name: ClassVar[str]
+    client_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that the client side depends on; clients need to know no others."""
 
     @abstractmethod
     def server(self, model: nn.Module, secret: Secret) -> ServerSide:

@@ -40,6 +40,9 @@ class FedAvg(Scheme):
     """
 
     name: ClassVar[str] = "fedavg"
+    client_fields: ClassVar[frozenset[str]] = frozenset(
+        {"aggregation", "update_bits", "error_feedback"}
+    )
     update_bits: int | None = None
     error_feedback: bool = False
     aggregation: Aggregation | str = "mean"

@@ -69,6 +69,9 @@ class FedQSN(Scheme):
     """
 
     name: ClassVar[str] = "fedqsn"
+    client_fields: ClassVar[frozenset[str]] = frozenset(
+        {"units", "aggregation", "update_bits", "error_feedback", "block", "shrink"}
+    )
 
     server_mask: float = 0.1
     client_mask: float = 0.3

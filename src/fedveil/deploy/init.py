@@ -1,0 +1,204 @@
+"""Writes the folders of a deployment: one for the owner, one for each client."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedveil.config import Config, build, open_secret
+from fedveil.config.building import tokenizer_name
+from fedveil.config.models import load_tokenizer, quiet_transformers
+from fedveil.config.tables import is_function
+from fedveil.deploy.files import write_program, write_public
+from fedveil.deploy.keys import write_certificates, write_node_key
+from fedveil.errors import ConfigurationError
+
+__all__ = ["Address", "write_deployment"]
+
+_ARCHITECTURE = "architecture"
+_DATA = ("task", "text", "text_pair", "image", "label", "labels", "max_length", "transform")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where clients find the owner.
+
+    Attributes:
+        host: A name or an IP address.
+        port: Of the SuperLink.
+        public_port: Of what stands in front of it; as ``port`` if nothing does.
+    """
+
+    host: str
+    port: int = 9092
+    public_port: int = 443
+
+    @property
+    def is_local(self) -> bool:
+        """Whether everything is on this machine."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def superlink(self) -> str:
+        """What SuperNodes are told."""
+        return f"{self.host}:{self.port if self.is_local else self.public_port}"
+
+
+def write_deployment(config: Config, address: Address, out: Path) -> list[Path]:
+    """Keys, certificates, settings, programs and instructions for all sides.
+
+    Args:
+        config: The owner's file, with [partners].
+        address: Where clients find the owner.
+        out: A new folder.
+
+    Returns:
+        The folders: the owner's, then one for each client.
+
+    Does NOT carry the clients' folders to them: that takes a way that both sides trust, since each
+    holds a private key.
+
+    Raises:
+        ConfigurationError: The file has no [partners], or something is there already.
+        FedveilError: Model or test set cannot be loaded.
+    """
+    if config.partners is None:
+        raise ConfigurationError(
+            "The file names no clients on other machines",
+            expected="a table [partners] with their names",
+            where=str(config.path),
+        )
+    owner = out / "owner"
+    if out.exists() and any(out.iterdir()):
+        raise ConfigurationError(
+            "The folder of the deployment is not empty",
+            where=str(out),
+            fix="Choose another, or remove it: clients then need their new folders.",
+        )
+    if config.resolve(config.partners.keys).absolute() != (owner / "keys").absolute():
+        raise ConfigurationError(
+            "The clients' keys would not be where the owner's file says",
+            expected=f'keys = "{owner / "keys"}" in [partners]',
+            found=repr(config.partners.keys),
+            where=str(config.path),
+        )
+    model = build(config).model  # says now what is wrong with the file
+    open_secret(config)
+    certificate = write_certificates(owner / "tls", address.host)
+    _write_owner(config, address, owner)
+    folders = [owner]
+    for name in config.partners.names:
+        folders.append(out / name)
+        write_node_key(out / name / "node.key", owner / "keys" / f"{name}.pub", name)
+        write_public(out / name / "ca.crt", certificate)
+        _write_partner(config, address, model, name, out / name)
+    return folders
+
+
+def _write_owner(config: Config, address: Address, owner: Path) -> None:
+    assert config.partners is not None
+    words = {
+        "federation": config.path,
+        "bin": Path(sys.executable).parent,
+        "listen": "127.0.0.1",
+        "port": address.port,
+        "public_port": address.public_port,
+        "host": address.host,
+        "address": f"{address.host if address.is_local else '127.0.0.1'}:{address.port}",
+        "ca": (owner / "tls" / "ca.crt").absolute(),
+        "folder": owner.absolute(),
+        "names": ", ".join(config.partners.names),
+        "out": config.out,
+        "secret": config.secret_path,
+    }
+    for name in ("superlink.sh", "start.sh"):
+        write_program(owner / name, _filled(f"owner/{name}", words))
+    for name in ("superlink.service", "nginx.conf", "README.md"):
+        write_public(owner / name, _filled(f"owner/{name}", words))
+    write_public(owner / "flwr" / "config.toml", _filled("owner/config.toml", words))
+    write_public(owner / "app" / "pyproject.toml", _filled("owner/pyproject.toml", words))
+
+
+def _write_partner(
+    config: Config, address: Address, model: nn.Module, name: str, folder: Path
+) -> None:
+    words = {"name": name, "superlink": address.superlink}
+    write_program(folder / "supernode.sh", _filled("partner/supernode.sh", words))
+    for file in ("supernode.service", "README.md"):
+        write_public(folder / file, _filled(f"partner/{file}", words))
+    write_public(folder / "partner.toml", _partner_file(config, name))
+    module = config.path.parent / f"{config.model.name.partition(':')[0]}.py"
+    if not is_function(config.model.name):
+        _save_architecture(config, model, folder / _ARCHITECTURE)
+    elif module.is_file():  # else the function is of an installed package
+        write_public(folder / module.name, module.read_bytes())
+
+
+def _save_architecture(config: Config, model: nn.Module, folder: Path) -> None:
+    """The model's configuration and tokenizer: no weights."""
+    with quiet_transformers():
+        model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    if config.data.task.startswith("text"):
+        load_tokenizer(tokenizer_name(config), config.path.parent).save_pretrained(folder)
+
+
+def _partner_file(config: Config, name: str) -> str:
+    """A client's partner.toml: nothing in it that a client need not know."""
+    model: dict[str, Any] = {"name": config.model.name}
+    if not is_function(config.model.name):
+        model["name"] = _ARCHITECTURE
+    elif config.model.tokenizer is not None:
+        model["tokenizer"] = config.model.tokenizer
+    if config.model.num_labels is not None:
+        model["num_labels"] = config.model.num_labels
+    if config.model.dtype != "float32":
+        model["dtype"] = config.model.dtype
+    data = {key: value for key, value in config.data.model_dump().items() if key in _DATA}
+    scheme = {"name": config.scheme.name}
+    for field in dataclasses.fields(config.scheme):  # type: ignore[arg-type]
+        if field.name in config.scheme.client_fields:
+            scheme[field.name] = getattr(config.scheme, field.name)
+    tables = {
+        "partner": {"name": name, "threads": 1},
+        "model": model,
+        "data": {"train": "data.csv", **data},
+        "scheme": scheme,
+        "training": dataclasses.asdict(config.training),
+    }
+    head = f"# What {name} has. Change `train` in [data] to where your data are.\n"
+    return head + "\n".join(_table(title, values) for title, values in tables.items())
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    lines = [f"{key} = {_value(value)}" for key, value in values.items() if value is not None]
+    return "\n".join([f"[{title}]", *lines, ""])
+
+
+def _value(value: Any) -> str:
+    """A value in TOML, whose strings, numbers and lists are written as in JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {"name": getattr(value, "name", None), **dataclasses.asdict(value)}
+        if set(fields) == {"name"}:
+            return json.dumps(fields["name"])
+        inner = (f"{key} = {_value(one)}" for key, one in fields.items() if one is not None)
+        return f"{{ {', '.join(inner)} }}"
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _filled(template: str, words: Mapping[str, object]) -> str:
+    """A template with its words; every word in double braces must be known."""
+    text = files("fedveil.deploy").joinpath("templates", *template.split("/")).read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: str(words[found[1]]), text)

@@ -1,0 +1,114 @@
+"""The two programs that Flower starts on each machine: `fedveil.flower.apps:server`, `:client`.
+
+Flower installs an app's code and settings on every node, so there is neither in the app: programs
+are those of the installed library, and what each has is in a file on its own machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedveil.config import Config, build, build_workplace, load_config, save_model
+from fedveil.engine.patience import Patience
+from fedveil.errors import ConfigurationError
+from fedveil.federation import Result
+from fedveil.flower.client import Partner, client_app
+from fedveil.flower.crew import FlowerCrew
+from fedveil.flower.directory import ByKey
+from fedveil.flower.progress import LogProgress
+
+__all__ = ["FEDERATION", "PARTNER", "client", "run", "server"]
+
+FEDERATION = "FEDVEIL_FEDERATION"
+"""The environment variable of the owner's machine that names his file: it reaches no client."""
+PARTNER = "fedveil"
+"""The key of a SuperNode's --node-config that names the client's file."""
+
+_LOG = logging.getLogger("fedveil")
+
+
+def run(config: Config, grid: Grid) -> Result:
+    """Run the owner's federation until its last round; what is finished is not repeated.
+
+    Args:
+        config: The owner's file, with [partners].
+        grid: Flower's connection to the nodes.
+
+    Raises:
+        ConfigurationError: The file names no partners, or a key is missing.
+        FedveilError: As of :meth:`fedveil.Federation.run`.
+    """
+    table = config.partners
+    if table is None:
+        raise ConfigurationError(
+            "The file names no clients on other machines",
+            expected="a table [partners]",
+            where=str(config.path),
+        )
+    folder = config.resolve(table.keys)
+    directory = ByKey({name: _read_key(folder / f"{name}.pub") for name in table.names})
+    progress = LogProgress(_LOG)
+    patience = Patience(table.deadline, table.quorum, table.give_up)
+    crew = FlowerCrew(grid, directory, patience, progress.waiting)
+    federation = build(config, observer=progress)
+    result = federation.run(config.federation.rounds, resume=True, crew=crew)
+    _LOG.info("your tuned model: %s", save_model(config, result.global_model))
+    return result
+
+
+def _read_key(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigurationError(
+            "A client's public key cannot be read",
+            found=str(error),
+            where=str(path),
+            fix="It is the .pub file beside the private key of the client's SuperNode.",
+        ) from error
+
+
+server = ServerApp()
+
+
+@server.main()
+def _main(grid: Grid, context: Context) -> None:
+    path = os.environ.get(FEDERATION)
+    if not path:
+        raise ConfigurationError(
+            "The owner's file is not named",
+            expected=f"the environment variable {FEDERATION}",
+            found="none",
+            fix="It must be set where the SuperLink is started.",
+        )
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    _LOG.setLevel(logging.INFO)
+    run(load_config(path), grid)
+
+
+@lru_cache(maxsize=1)
+def _partner(path: str) -> Partner:
+    config = load_config(path)
+    place = build_workplace(config)
+    assert config.partner is not None
+    return Partner(config.partner.name, place, config.partner.threads)
+
+
+def _find_partner(context: Context) -> Partner:
+    path = context.node_config.get(PARTNER)
+    if not isinstance(path, str):
+        raise ConfigurationError(
+            "The client's file is not named",
+            expected=f"--node-config '{PARTNER}=\"/path/to/partner.toml\"'",
+            found="none",
+        )
+    return _partner(path)
+
+
+client = client_app(_find_partner)

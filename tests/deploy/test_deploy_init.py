@@ -1,0 +1,201 @@
+"""The folders of a deployment: what each side gets, and what it does not."""
+
+import stat
+import subprocess
+
+import datasets
+import pytest
+import transformers
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+import toys
+from fedveil.aggregation import RegMean
+from fedveil.config import build, build_workplace, load_config
+from fedveil.deploy import Address, write_deployment
+from fedveil.errors import ConfigurationError
+from fedveil.schemes import FedAvg, FedQSN
+
+NET = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 3))
+"""
+FILE = """
+[model]
+name = "{model}"
+[data]
+task = "{task}"
+test = "test.parquet"
+labels = ["0", "1", "2"]
+[scheme]
+units = "neurons"
+client_mask = 0.25
+[training]
+steps = 3
+batch_size = 8
+[partners]
+names = ["clinic-1", "clinic-2"]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An owner's file, model and test set."""
+    (tmp_path / "net.py").write_text(NET)
+    rows = [{"image": r["image"].tolist(), "label": r["label"]} for r in toys.rows(20)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
+    text = FILE.format(model="net:build", task="image-classification")
+    (tmp_path / "federation.toml").write_text(text)
+    return tmp_path
+
+
+def write(folder, host="fl.example.org"):
+    config = load_config(folder / "federation.toml")
+    return write_deployment(config, Address(host, 9092), folder / "deployment")
+
+
+def test_there_is_a_folder_for_each_side(folder):
+    made = write(folder)
+    assert [path.name for path in made] == ["owner", "clinic-1", "clinic-2"]
+    for path in made:
+        assert (path / "README.md").is_file()
+        for script in path.glob("*.sh"):
+            assert script.stat().st_mode & stat.S_IXUSR
+            subprocess.run(["sh", "-n", script], check=True)
+
+
+def test_keys_are_pairs_and_private_ones_are_their_owners(folder):
+    owner, *partners = write(folder)
+    publics = set()
+    for partner in partners:
+        key = partner / "node.key"
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        private = load_ssh_private_key(key.read_bytes(), None)
+        public = load_ssh_public_key((owner / "keys" / f"{partner.name}.pub").read_bytes())
+        assert private.public_key() == public
+        publics.add(public.public_numbers())
+    assert len(publics) == 2
+    assert stat.S_IMODE((owner / "tls" / "server.key").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("host", ["fl.example.org", "127.0.0.1", "10.1.2.3", "::1"])
+def test_the_certificate_is_for_the_host_and_signed_by_what_clients_trust(folder, host):
+    owner, partner, _ = write(folder, host)
+    leaf = x509.load_pem_x509_certificate((owner / "tls" / "server.pem").read_bytes())
+    root = x509.load_pem_x509_certificate((partner / "ca.crt").read_bytes())
+    leaf.verify_directly_issued_by(root)
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert host in [str(name.value) for name in names]
+    assert root.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+def test_clients_get_nothing_of_the_servers(folder):
+    _, partner, _ = write(folder)
+    shown = "".join(
+        path.read_text() for path in partner.rglob("*") if path.suffix in {".toml", ".sh", ".md"}
+    )
+    for word in (
+        "client_mask",
+        "server_mask",
+        "policy",
+        "secret",
+        "seed",
+        "test.parquet",
+    ):
+        assert word not in shown
+    secret = (folder / "federation.secret").read_text().strip()
+    assert all(secret.encode() not in data for data in toys.files(partner).values())
+
+
+def test_the_app_that_reaches_clients_has_no_code(folder):
+    owner, *_ = write(folder)
+    assert [path.name for path in (owner / "app").rglob("*")] == ["pyproject.toml"]
+    text = (owner / "app" / "pyproject.toml").read_text()
+    assert "[tool.flwr.app.config]" not in text
+    assert "fedveil.flower.apps:server" in text
+
+
+def test_a_clients_file_makes_what_the_owners_makes(folder):
+    _, partner, _ = write(folder)
+    toml = partner / "partner.toml"
+    rows = [{"image": r["image"].tolist(), "label": r["label"]} for r in toys.rows(9)]
+    datasets.Dataset.from_list(rows).to_parquet(partner / "data.parquet")
+    toml.write_text(toml.read_text().replace("data.csv", "data.parquet"))
+    place, owner = build_workplace(load_config(toml)), load_config(folder / "federation.toml")
+    assert list(place.trainers) == ["clinic-1"]
+    assert place.trainers["clinic-1"].examples == 9
+    assert place.trainers["clinic-1"].training == owner.training
+    assert place.side == owner.scheme.client() or repr(place.side) == repr(owner.scheme.client())
+    shapes = {name: tensor.shape for name, tensor in place.architecture.state_dict().items()}
+    model = build(owner).model
+    assert shapes == {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def test_of_a_hub_model_clients_get_the_architecture_alone(folder):
+    model = toys.bert()
+    model.save_pretrained(folder / "bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(20))]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    rows = [{"text": "1 2 3", "label": n % 3} for n in range(9)]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
+    text = FILE.format(model="bert", task="text-classification")
+    (folder / "federation.toml").write_text(text.replace("labels =", "max_length = 8\nlabels ="))
+    _, partner, _ = write(folder)
+    names = {path.name for path in (partner / "architecture").iterdir()}
+    assert "config.json" in names
+    assert not any(name.endswith((".safetensors", ".bin", ".pt")) for name in names)
+    datasets.Dataset.from_list(rows).to_parquet(partner / "data.parquet")
+    toml = partner / "partner.toml"
+    toml.write_text(toml.read_text().replace("data.csv", "data.parquet"))
+    place = build_workplace(load_config(toml))
+    own = toys.weights(model)
+    assert {n: t.shape for n, t in place.architecture.state_dict().items()} == {
+        n: t.shape for n, t in own.items()
+    }
+
+
+def test_keys_are_never_written_over(folder):
+    write(folder)
+    before = toys.files(folder / "deployment")
+    with pytest.raises(ConfigurationError, match="not empty"):
+        write(folder)
+    assert toys.files(folder / "deployment") == before
+
+
+def test_a_file_without_partners(folder):
+    text = (folder / "federation.toml").read_text().split("[partners]")[0]
+    data = text.replace('test = "test', 'train = "test.parquet"\ntest = "test')
+    (folder / "federation.toml").write_text(data + "[partition]\nclients = 2\n")
+    with pytest.raises(ConfigurationError, match=r"\[partners\]"):
+        write(folder)
+
+
+def test_keys_elsewhere_than_the_file_says(folder):
+    config = load_config(folder / "federation.toml")
+    with pytest.raises(ConfigurationError, match="keys would not be where"):
+        write_deployment(config, Address("h"), folder / "elsewhere")
+    assert not (folder / "elsewhere").exists()
+
+
+def test_nginx_lets_clients_through_to_the_fleet_alone(folder):
+    owner, *_ = write(folder)
+    text = (owner / "nginx.conf").read_text()
+    assert text.count("location") == 2
+    assert "location /v1/fleet/ {" in text
+    assert "return 403" in text
+    assert "{{" not in text
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [FedAvg(update_bits=4, error_feedback=True),
+     FedQSN(aggregation=RegMean(), units="columns", update_bits=8, shrink=False)],
+)  # fmt: skip
+def test_clients_need_no_field_but_those_named(scheme):
+    words = {name: getattr(scheme, name) for name in scheme.client_fields}
+    assert repr(type(scheme)(**words).client()) == repr(scheme.client())
