@@ -34,6 +34,7 @@ HEALERS = 4
 """Clients who train on: what it brings depends on their data; their mean is reported."""
 EFFORT = 2
 """An attacker trains as many times longer than in the federation, at most."""
+ALONE = "own data, from the public model"
 
 
 def attack(name: str, scene: Scene, setting: Setting, workers: int) -> dict[str, float]:
@@ -43,28 +44,31 @@ def attack(name: str, scene: Scene, setting: Setting, workers: int) -> dict[str,
         out = Path(folder)
         federation = build_federation(scene, at, SCHEMES[name], workers, out, keep=True)
         federation.run(at.rounds)
-        return figures(Evidence(out), federation.stage(scene.public), at)
+        return figures(Evidence(out), federation.stage(scene.public))
 
 
-def figures(evidence: Evidence, stage: Stage, setting: Setting) -> dict[str, float]:
+def figures(evidence: Evidence, stage: Stage) -> dict[str, float]:
     """Everything that is tried on one run."""
     found = {name: accuracy(stage, state) for name, state in stage.models.items()}
     assert stage.public is not None
     found["public"] = accuracy(stage, stage.public)
     order = sorted(evidence.clients, key=lambda one: (-len(evidence.proxies([one])), one))
     sent = evidence.proxies([order[0]])
+    healed = [trained(evidence, stage, client) for client in order[:HEALERS]]
+    by_training = {name: statistics.mean(one[name] for one in healed) for name in healed[0]}
+    found[ALONE] = by_training.pop(ALONE)
     for last in LAST:
         if last <= len(sent):
             note(found, f"the last {last} of one client's proxies", evidence, stage, sent[-last:])
     note(found, "all of one client's proxies", evidence, stage, sent)
+    found |= by_training
     for size in IN_ONE_ROUND:
         if pooled := last_common(evidence, order[:size]):
             note(found, f"{size} clients, one round", evidence, stage, pooled)
     for size in IN_ALL:
         pooled = evidence.proxies(order[:size])
         note(found, f"{size} clients, all rounds", evidence, stage, pooled)
-    healed = [trained(evidence, stage, client) for client in order[:HEALERS]]
-    return found | {name: statistics.mean(one[name] for one in healed) for name in healed[0]}
+    return found
 
 
 def trained(evidence: Evidence, stage: Stage, client: str) -> dict[str, float]:
@@ -72,7 +76,7 @@ def trained(evidence: Evidence, stage: Stage, client: str) -> dict[str, float]:
     sent = evidence.proxies([client])
     loot, rounds = union(evidence, sent), EFFORT * len(sent)
     begins = {
-        "own data, from the public model": stage.public,
+        ALONE: stage.public,
         "all of one client's proxies, zeros, healed": fill(loot, evidence.manifest),
         "all of one client's proxies, public, healed": fill(loot, evidence.manifest, stage.public),
     }

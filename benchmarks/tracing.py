@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fedveil import Federation, FedQSN, ImageClassification, Secret, TextClassification, Training
 from fedveil.audit import Evidence, Kept, Manifest, Proxy
+from fedveil.audit.attacks import fill, union
 from fedveil.audit.tracing import Trace, read_model, trace
 from fedveil.quantization import quantize
 from fedveil.state import read_state
@@ -161,14 +162,8 @@ class Scene:
 
     def proxy(self, *numbers: int, holes: Mapping[str, Tensor] | None) -> State:
         """One proxy as a model, or several, the later over the earlier, with their holes filled."""
-        opened = [self.evidence.open(self.evidence.proxies()[number]) for number in numbers]
-        state = {}
-        for name, info in self.manifest.tensors.items():
-            whole = holes[name].clone() if holes else torch.zeros(info.shape)
-            for proxy in opened:
-                proxy.selection.scatter(name, proxy.part(name).to(whole.dtype), whole)
-            state[name] = whole
-        return state
+        sent = [self.evidence.proxies()[number] for number in numbers]
+        return fill(union(self.evidence, sent), self.manifest, holes)
 
     def all_of(self, number: int) -> list[int]:
         """Numbers of all messages to the client of one."""
@@ -284,13 +279,13 @@ def leaks(scene: Scene) -> Iterator[tuple[str, tuple[bool, bool]]]:
     """Every alteration of every leak, with its verdict."""
     for number in scene.leaks:
         guilty = scene.clients_like(number)
-        for holes, fill in (("zeros", None), ("base", scene.base)):
+        for holes, base in (("zeros", None), ("base", scene.base)):
             for name, alter in ALTERATIONS.items():
-                state = alter(scene.proxy(number, holes=fill), scene)
-                found = look(scene, state, fill is not None, name.startswith("npz"))
+                state = alter(scene.proxy(number, holes=base), scene)
+                found = look(scene, state, base is not None, name.startswith("npz"))
                 yield f"{name} | {holes}", judge(found, guilty)
-            state = scene.proxy(*scene.all_of(number), holes=fill)
-            found = look(scene, state, fill is not None)
+            state = scene.proxy(*scene.all_of(number), holes=base)
+            found = look(scene, state, base is not None)
             yield f"newest of all his rounds | {holes}", judge(found, guilty)
 
 
@@ -302,10 +297,10 @@ def blends(scene: Scene) -> Iterator[tuple[str, tuple[bool, bool]]]:
             guilty = {frozenset(scene.clients_like(number)) for number in chosen}
             if len(guilty) < count:
                 continue  # of one mask group
-            for holes, fill in (("zeros", None), ("base", scene.base)):
-                states = [scene.proxy(number, holes=fill) for number in chosen]
+            for holes, base in (("zeros", None), ("base", scene.base)):
+                states = [scene.proxy(number, holes=base) for number in chosen]
                 state = {n: sum(s[n] for s in states) / count for n in states[0]}
-                found = look(scene, state, fill is not None)
+                found = look(scene, state, base is not None)
                 yield f"blend of {count} | {holes}", judge(found, *map(set, guilty))
 
 

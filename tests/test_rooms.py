@@ -13,7 +13,7 @@ SOURCE = Path(fedveil.__file__).parent
 ROOMS = (
     "errors", "files", "units", "secret", "masking", "selection", "state", "shards", "shrinking",
     "quantization", "wire", "updates", "aggregation", "schemes", "training", "audit", "engine",
-    "federation", "data", "config", "flower", "deploy", "merging", "report", "demo", "cli", "",
+    "federation", "data", "config", "merging", "report", "flower", "deploy", "demo", "cli", "",
 )  # fmt: skip
 CORE = ROOMS[: ROOMS.index("schemes") + 1]
 FOREIGN = {"transformers", "flwr", "datasets", "flwr_datasets", "typer", "rich", "matplotlib"}

@@ -205,7 +205,7 @@ class TestTheSentence:
         return Audit(
             sentence="", scheme={}, rounds=1, metric="accuracy",
             models={"global": {"accuracy": 90.0}, "base": {"accuracy": base}},
-            own=alone.measures, attacks=[alone, stolen], alarms=[], exposure={},
+            attacks=[alone, stolen], alarms=[], exposure={},
         )  # fmt: skip
 
     def test_base_and_gain_are_told_apart(self):

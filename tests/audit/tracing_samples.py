@@ -3,10 +3,9 @@
 import sys
 from pathlib import Path
 
-import torch
-
 import toys
 from fedveil.audit import Evidence
+from fedveil.audit.attacks import fill, union
 
 # Behind everything else: benchmarks/ has modules of common names.
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -26,10 +25,4 @@ def toy_run(folder, model, rounds=2, **settings):
 def proxy_of(evidence, client, number, holes=None):
     """What a client was sent in a round, as a model."""
     kept = next(k for k in evidence.proxies([client]) if k.round == number)
-    proxy, state = evidence.open(kept), {}
-    for name, info in evidence.manifest.tensors.items():
-        dtype = getattr(torch, info.dtype)
-        whole = holes[name].clone() if holes else torch.zeros(info.shape, dtype=dtype)
-        proxy.selection.scatter(name, proxy.part(name).to(dtype), whole)
-        state[name] = whole
-    return state
+    return fill(union(evidence, [kept]), evidence.manifest, holes)

@@ -39,7 +39,10 @@ def audit(
     names = client_names(clients)
     final, own = 88.4 + 0.3 * seed, 60.0 + dice.uniform(-1, 1)
     sizes = sorted({1, min(2, clients), min(5, clients), clients})
-    tried = [Attacked("fine-tuning", (names[0],), 0, False, "base", "", measures(own))]
+    tried = [
+        Attacked("fine-tuning", tuple(names[:size]), 0, False, "base", "", measures(own))
+        for size in sizes
+    ]
     for strength, name in enumerate(ATTACKS[:attacks], start=1):
         for polish in ("", "healing")[: 1 + (attacks > 2)]:
             top = strongest - 4 * (attacks - strength) - (0 if polish or attacks <= 2 else 2)
@@ -61,7 +64,6 @@ def audit(
             "base": measures(base), "public": measures(21.5), "global": measures(final),
             "server_model": measures(final + 0.7),
         },
-        own=measures(own),
         attacks=tried,
         alarms=[
             *(Alarm(check, True, found) for check, found in alarms),

@@ -307,7 +307,7 @@ def test_half_characters_and_formulas_do_no_harm(tmp_path):
 def test_attacks_that_were_not_measured_are_dashes(tmp_path):
     found = audit(3, 2)
     bare = [dataclasses.replace(a, measures={}, leak=None, gain_shown=None) for a in found.attacks]
-    found = dataclasses.replace(found, attacks=bare, models={}, own={})
+    found = dataclasses.replace(found, attacks=bare, models={})
     page = structure(write_page(write_run(tmp_path, found=found, lines=records(measured=False))))
     assert "Nothing was measured: the run has no test set." in page.text("p")
     assert "Strongest attack" not in page.text("dt")

@@ -121,21 +121,15 @@ def audit(
         order = _by_what_they_saw(exposure)
     for clients in _coalitions([name for name in order if name in stage.data], sizes):
         attempt.by(clients)
-    strongest = max(
-        (attack for attack in attempt.found if attack.released),
-        key=lambda attack: attack.measures[METRIC],
-        default=None,
-    )
     found = Audit(
         sentence="",
         scheme=dict(evidence.manifest.configuration.get("scheme", {})),
         rounds=len(evidence.rounds),
         metric=METRIC,
         models=attempt.models,
-        own={} if strongest is None else attempt.own[strongest.clients],
         attacks=attempt.found,
         alarms=alarms,
-        exposure={client: _exposed(evidence, exposure, client) for client in exposure.clients},
+        exposure=_exposed(evidence, exposure),
         coalitions={size: exposure.share(order[:size]) for size in range(1, len(order) + 1)},
         inferred=_inferred(evidence, order, tell),
         bytes_down=_bytes(evidence),
@@ -373,14 +367,16 @@ def _errors(stolen: State, truth: State, loot: Loot) -> tuple[float | None, floa
     return errors[0], errors[1]
 
 
-def _exposed(evidence: Evidence, exposure: Exposure, client: str) -> ClientExposure:
+def _exposed(evidence: Evidence, exposure: Exposure) -> dict[str, ClientExposure]:
     scheme = evidence.manifest.configuration.get("scheme", {})
-    share = exposure.share([client])
     # A new mask shows each unit that it may show with the same chance; masks that stay, nothing.
-    fresh = scheme.get("policy") == "fresh"
-    unseen = exposure.share(exposure.clients) - share
-    added = unseen * (1 - scheme.get("client_mask", 0.0)) if fresh else 0.0
-    return ClientExposure(share, exposure.mean_bits([client]), exposure.history(client), added)
+    chance = 1 - scheme.get("client_mask", 0.0) if scheme.get("policy") == "fresh" else 0.0
+    of_all, exposed = exposure.share(exposure.clients), {}
+    for client in exposure.clients:
+        share, bits = exposure.share([client]), exposure.mean_bits([client])
+        added = (of_all - share) * chance
+        exposed[client] = ClientExposure(share, bits, exposure.history(client), added)
+    return exposed
 
 
 def _bytes(evidence: Evidence) -> dict[str, int]:

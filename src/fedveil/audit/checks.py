@@ -178,13 +178,9 @@ def _difference(evidence: Evidence, one: Kept, other: Kept) -> str | None:
     except OvershownError:
         return None
     for name in first.tensors:
-        parts = []
-        for proxy in (first, second):
-            whole = torch.full(evidence.manifest.tensors[name].shape, torch.nan)
-            proxy.selection.scatter(name, proxy.part(name).float(), whole)
-            parts.append(whole)
-        both = parts[0].isfinite() & parts[1].isfinite()
-        a, b = parts[0][both], parts[1][both]
+        a, b = first.whole(name), second.whole(name)
+        both = a.isfinite() & b.isfinite()
+        a, b = a[both], b[both]
         if not torch.equal(a, b):
             share = float((a != b).float().mean())
             size = float((a - b).norm() / a.norm().clamp(min=1e-30))

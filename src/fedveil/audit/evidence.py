@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,9 +98,9 @@ class Proxy:
         # The server may leave out a group: then nothing of it is cut.
         self.groups = [g for g in manifest.groups if UNIT_PREFIX + g.name in message.sections]
         self.released = {group.name: self._release(group) for group in self.groups}
-        shapes = {name: torch.Size(info.shape) for name, info in manifest.tensors.items()}
-        self.selection = Selection(self.groups, self.released, shapes)
-        self._check_tensors(shapes)
+        self._shapes = {name: torch.Size(info.shape) for name, info in manifest.tensors.items()}
+        self.selection = Selection(self.groups, self.released, self._shapes)
+        self._check_tensors()
 
     @property
     def tensors(self) -> list[str]:
@@ -115,6 +115,23 @@ class Proxy:
         section = self._sections[name]
         assert isinstance(section, QuantizedTensor | Dense)
         return section.dequantize() if isinstance(section, QuantizedTensor) else section.tensor
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor at its whole shape, float32: NaN where this proxy shows nothing of it."""
+        return self.spread(name, self.part(name).float())
+
+    def spread(self, name: str, part: Tensor) -> Tensor:
+        """Values at a tensor's released shape, put where they belong; NaN elsewhere."""
+        whole = torch.full(self._shapes[name], torch.nan)
+        self.selection.scatter(name, part, whole)
+        return whole
+
+    def shows(self, name: str) -> Tensor:
+        """Which elements of a tensor it shows: bool, whole shape."""
+        shape = self._shapes[name]
+        if not self.selection.positions(name):
+            return torch.ones(shape, dtype=torch.bool)
+        return self.selection.released(name, shape).bool()
 
     def interval(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Between which values the released part of a tensor lies; None if it is exact."""
@@ -135,7 +152,8 @@ class Proxy:
             raise self._foreign(f"{group.size} units", "another number", group.name)
         return Release(section.released, section.scale)
 
-    def _check_tensors(self, shapes: Mapping[str, torch.Size]) -> None:
+    def _check_tensors(self) -> None:
+        shapes = self._shapes
         if missing := sorted(shapes.keys() - set(self.tensors)):
             raise self._foreign("the run's tensors", "a missing tensor", missing[0])
         if unknown := sorted(set(self.tensors) - shapes.keys()):

@@ -116,7 +116,6 @@ class Exposure:
         self._known: dict[str, Shown] = {}
         self._releases: dict[tuple[int, str], str] = {}
         self._totals: dict[str, Shown] = {}
-        self._shares: dict[tuple[str, ...], float] = {}
         if self._path is not None and self._path.exists():
             self._replay(self._path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.errors import AuditError
-from fedveil.files import write_whole
+from fedveil.files import read_record, write_whole
 
 __all__ = ["Alarm", "Attacked", "Audit", "ClientExposure", "UpdateGuess"]
 
@@ -114,7 +114,6 @@ class Audit:
         rounds: Rounds that the audited messages are of.
         metric: Which measure leaks are computed from.
         models: Measures of the owner's models: ``base``, ``public``, ``global``, ``server_model``.
-        own: Measures of the best that the strongest attacker reaches without a released byte.
         attacks: All attacks, strongest last within their kind.
         alarms: All checks of the messages.
         exposure: By client.
@@ -132,7 +131,6 @@ class Audit:
     rounds: int
     metric: str
     models: Mapping[str, Measures]
-    own: Measures
     attacks: Sequence[Attacked]
     alarms: Sequence[Alarm]
     exposure: Mapping[str, ClientExposure]
@@ -146,15 +144,23 @@ class Audit:
     @property
     def strongest(self) -> Attacked | None:
         """The attack that got furthest with released bytes."""
-        tried = [attack for attack in self.attacks if attack.released]
+        tried = [a for a in self.attacks if a.released and self.metric in a.measures]
         return max(tried, key=lambda attack: attack.measures[self.metric], default=None)
+
+    @property
+    def own(self) -> Measures:
+        """The best that the strongest attacker reaches without a released byte, if it is known."""
+        strongest = self.strongest
+        return {} if strongest is None else self.own_of(strongest.clients) or {}
 
     def own_of(self, clients: tuple[str, ...]) -> Measures | None:
         """The best that some clients reach without a released byte; None if it was not tried."""
         tried = (
             attack.measures
             for attack in self.attacks
-            if not attack.released and attack.clients == tuple(clients)
+            if not attack.released
+            and attack.clients == tuple(clients)
+            and self.metric in attack.measures
         )
         return max(tried, key=lambda measures: measures[self.metric], default=None)
 
@@ -175,30 +181,10 @@ class Audit:
         Raises:
             AuditError: There is none, or it is damaged or of another version.
         """
-        path = folder / NAME
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise AuditError(
-                "The run has not been audited",
-                where=str(folder),
-                fix=f"Run: fedveil audit {folder}",
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise AuditError(
-                "The audit cannot be read", found=str(error), where=str(path)
-            ) from error
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise AuditError(
-                "The audit is of another version of fedveil",
-                expected=f"format {FORMAT}",
-                where=str(path),
-                fix="Audit the run again.",
-            )
-        try:
-            return cls._from_json(values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise AuditError("The audit is damaged", found=repr(error), where=str(path)) from error
+        absent = AuditError(
+            "The run has not been audited", where=str(folder), fix=f"Run: fedveil audit {folder}"
+        )
+        return read_record(folder / NAME, FORMAT, cls._from_json, AuditError, absent)
 
     @classmethod
     def _from_json(cls, values: dict[str, Any]) -> Audit:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedveil.errors import CheckpointError
-from fedveil.files import write_whole
+from fedveil.files import read_record, write_whole
 from fedveil.state import read_state
 from fedveil.units import Slice, UnitGroup
 
@@ -100,33 +100,13 @@ class Manifest:
         Raises:
             CheckpointError: There is none, or it is damaged or of another version.
         """
-        path = folder / NAME
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(
-                "This is not the folder of a run",
-                expected=f"a folder with a file {NAME}",
-                where=str(folder),
-                fix="Give the folder that the run was told to write to (out).",
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{NAME} cannot be read", found=str(error), where=str(path)
-            ) from (error)
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{NAME} is of another version of fedveil",
-                expected=f"format {FORMAT}",
-                found=repr(values.get("format") if isinstance(values, dict) else None)[:80],
-                where=str(path),
-            )
-        try:
-            return cls._from_json(values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{NAME} is damaged", found=repr(error), where=str(path)) from (
-                error
-            )
+        absent = CheckpointError(
+            "This is not the folder of a run",
+            expected=f"a folder with a file {NAME}",
+            where=str(folder),
+            fix="Give the folder that the run was told to write to (out).",
+        )
+        return read_record(folder / NAME, FORMAT, cls._from_json, CheckpointError, absent)
 
     @classmethod
     def _from_json(cls, values: Mapping[str, Any]) -> Manifest:

@@ -16,6 +16,9 @@ class Observer:
     def round_started(self, number: int, clients: int) -> None:
         """Round ``number`` begins with this many clients."""
 
+    def waiting(self, text: str) -> None:
+        """Somebody is waited for; told at every look, also if nothing has changed."""
+
     def client_refused(self, number: int, client: str, reason: str) -> None:
         """A client was not sent a proxy: it would have shown him more than is allowed."""
 

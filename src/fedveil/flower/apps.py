@@ -6,7 +6,6 @@ are those of the installed library, and what each has is in a file on its own ma
 
 from __future__ import annotations
 
-import logging
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from fedveil.federation import Result
 from fedveil.flower.client import Partner, client_app
 from fedveil.flower.crew import FlowerCrew
 from fedveil.flower.directory import ByKey
-from fedveil.flower.progress import LogProgress
+from fedveil.report import ConsoleProgress
 
 __all__ = ["FEDERATION", "PARTNER", "client", "run", "server"]
 
@@ -29,8 +28,6 @@ FEDERATION = "FEDVEIL_FEDERATION"
 """The environment variable of the owner's machine that names his file: it reaches no client."""
 PARTNER = "fedveil"
 """The key of a SuperNode's --node-config that names the client's file."""
-
-_LOG = logging.getLogger("fedveil")
 
 
 def run(config: Config, grid: Grid) -> Result:
@@ -53,12 +50,13 @@ def run(config: Config, grid: Grid) -> Result:
         )
     folder = config.resolve(table.keys)
     directory = ByKey({name: _read_key(folder / f"{name}.pub") for name in table.names})
-    progress = LogProgress(_LOG)
     patience = Patience(table.deadline, table.quorum, table.give_up)
-    crew = FlowerCrew(grid, directory, patience, progress.waiting)
-    federation = build(config, observer=progress)
-    result = federation.run(config.federation.rounds, resume=True, crew=crew)
-    _LOG.info("your tuned model: %s", save_model(config, result.global_model))
+    # What is printed here the owner sees: Flower passes it on to where the run was started.
+    with ConsoleProgress() as progress:
+        crew = FlowerCrew(grid, directory, patience, progress.waiting)
+        federation = build(config, observer=progress)
+        result = federation.run(config.federation.rounds, resume=True, crew=crew)
+    print(f"your tuned model: {save_model(config, result.global_model)}")
     return result
 
 
@@ -87,8 +85,6 @@ def _main(grid: Grid, context: Context) -> None:
             found="none",
             fix="It must be set where the SuperLink is started.",
         )
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    _LOG.setLevel(logging.INFO)
     run(load_config(path), grid)
 
 

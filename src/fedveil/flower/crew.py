@@ -123,10 +123,7 @@ class FlowerCrew:
                     found=str(inbox.answered),
                     fix="Run again when they are there: finished rounds are kept.",
                 )
-            self._tell(
-                f"waiting for {client}: {inbox.answered} of {inbox.asked} have answered, "
-                f"{waited:.0f} s"
-            )
+            self._tell(f"waiting for {client}: {inbox.answered} of {inbox.asked} have answered")
             time.sleep(self._patience.poll)
 
     def _find(self) -> Mapping[str, int]:

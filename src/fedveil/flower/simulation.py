@@ -73,7 +73,12 @@ def simulate(
     with warnings.catch_warnings():
         # Of Flower and Ray, about each other.
         warnings.simplefilter("ignore")
-        _start_ray(processes)
+        path = os.pathsep.join(sys.path)
+        ray.init(
+            num_cpus=processes,
+            include_dashboard=False,
+            runtime_env={"env_vars": {"PYTHONPATH": path}},
+        )
         try:
             # Kept by Ray once, rather than sent along with every message.
             partner = _Simulated(ray.put(place), tuple(sorted(place.trainers)))
@@ -113,15 +118,6 @@ def _fetch(place: Any) -> Workplace:
 
     found: Workplace = ray.get(place)
     return found
-
-
-def _start_ray(processes: int) -> None:
-    import ray
-
-    path = os.pathsep.join(sys.path)
-    ray.init(
-        num_cpus=processes, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}}
-    )
 
 
 def _ray() -> Any:

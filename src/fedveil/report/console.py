@@ -40,6 +40,7 @@ class ConsoleProgress(Observer):
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._rounds = self._finished = self._clients = 0
+        self._waiting = ""
 
     def run_started(self, rounds: int, finished: int) -> None:
         """See :class:`Observer`."""
@@ -63,6 +64,12 @@ class ConsoleProgress(Observer):
             description=f"round {number}/{self._rounds}",
             of_round=f"client 0/{clients}",
         )
+
+    def waiting(self, text: str) -> None:
+        """See :class:`Observer`; a line only if it says something new."""
+        if text != self._waiting:
+            self._waiting = text
+            self._say(text)
 
     def client_refused(self, number: int, client: str, reason: str) -> None:
         """See :class:`Observer`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fedveil.audit.attacks.loot import Loot, shown
+from fedveil.audit.attacks.loot import Loot
 from fedveil.audit.evidence import Evidence, Kept, Proxy
 
 __all__ = ["average", "intersect"]
@@ -32,20 +32,14 @@ def average(evidence: Evidence, proxies: Iterable[Kept]) -> Loot:
     for kept in proxies:
         proxy = evidence.open(kept)
         for name in proxy.tensors:
-            part, value = proxy.part(name), loot.values[name]
-            if not value.is_floating_point():
-                proxy.selection.scatter(name, part, value)
-                continue
-            whole = torch.zeros_like(value)
-            proxy.selection.scatter(name, part.float(), whole)
-            value += whole
-            counts[name] += shown(proxy, name, loot.known[name])
+            value = loot.values[name]
+            if value.is_floating_point():
+                value += proxy.whole(name).nan_to_num_(0.0)
+            else:  # of counters the newest
+                proxy.selection.scatter(name, proxy.part(name), value)
+            counts[name] += proxy.shows(name)
     for name, value in loot.values.items():
-        loot.known[name] = (
-            counts[name] > 0
-            if value.is_floating_point()
-            else (torch.ones_like(value, dtype=torch.bool))
-        )
+        loot.known[name] = counts[name] > 0
         if value.is_floating_point():
             value /= counts[name].clamp(min=1)
     return loot
@@ -71,11 +65,9 @@ def intersect(evidence: Evidence, proxies: Sequence[Kept]) -> Loot:
     for kept in reversed(proxies):
         proxy = evidence.open(kept)
         for name in proxy.tensors:
-            value, seen = loot.values[name], shown(proxy, name, loot.known[name])
+            value, seen = loot.values[name], proxy.shows(name)
             newest = seen & ~loot.known[name]
-            part = torch.zeros_like(value)
-            proxy.selection.scatter(name, proxy.part(name).to(value.dtype), part)
-            value[newest] = part[newest]
+            value[newest] = proxy.whole(name)[newest].to(value.dtype)
             loot.known[name] |= seen
             interval = proxy.interval(name)
             if interval is not None:
@@ -101,12 +93,9 @@ def _narrow(
     if name not in bounds:
         bounds[name] = torch.full(seen.shape, -torch.inf), torch.full(seen.shape, torch.inf)
     low, high = bounds[name]
-    new = []
-    for side in interval:
-        whole = torch.zeros(seen.shape)
-        proxy.selection.scatter(name, side, whole)
-        new.append(whole)
-    both = torch.maximum(low, new[0]), torch.minimum(high, new[1])
+    lowest, highest = (proxy.spread(name, side) for side in interval)
+    # Where nothing was seen both are NaN, and agree with nothing.
+    both = torch.maximum(low, lowest), torch.minimum(high, highest)
     agree = seen & ~settled & (both[0] <= both[1])
     settled |= seen & ~agree  # it was another value then: what is older says nothing
     low[agree], high[agree] = both[0][agree], both[1][agree]

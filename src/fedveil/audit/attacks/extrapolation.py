@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedveil.audit.attacks.loot import Loot, shown
+from fedveil.audit.attacks.loot import Loot
 from fedveil.audit.evidence import Evidence, Kept
 
 __all__ = ["extrapolate"]
@@ -34,14 +34,13 @@ def extrapolate(evidence: Evidence, proxies: Sequence[Kept], step: float = 1.0) 
     for kept in proxies:
         proxy = evidence.open(kept)
         for name in proxy.tensors:
-            value, seen = loot.values[name], shown(proxy, name, loot.known[name])
+            value, seen = loot.values[name], proxy.shows(name)
             newer = seen & (rounds[name] < proxy.round)
             moved = newer & loot.known[name]
             before[name] = torch.where(moved, value, before[name])
             spans[name] = torch.where(moved, proxy.round - rounds[name], spans[name])
-            part = torch.zeros_like(value)
-            proxy.selection.scatter(name, proxy.part(name).to(value.dtype), part)
-            loot.values[name] = torch.where(newer, part, value)
+            shown = proxy.whole(name).to(value.dtype)
+            loot.values[name] = torch.where(newer, shown, value)
             rounds[name][newer] = proxy.round
             loot.known[name] |= seen
     for name, value in loot.values.items():

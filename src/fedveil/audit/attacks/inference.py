@@ -52,7 +52,7 @@ def _guess(
             truth[name] = truth.get(name, torch.zeros_like(update)) + update / len(others)
     changes, truths = [], []
     for name, wanted in truth.items():
-        first, second = (_whole(proxy, name, wanted.shape) for proxy in proxies)
+        first, second = (proxy.whole(name) for proxy in proxies)
         both = first.isfinite() & second.isfinite()
         changes.append((second - first - mine.get(name, torch.zeros_like(wanted)))[both])
         truths.append(wanted[both])
@@ -60,13 +60,6 @@ def _guess(
     cosine = torch.nn.functional.cosine_similarity(change, wanted, dim=0)
     share = change.numel() / evidence.manifest.parameters
     return UpdateGuess(proxies[0].client, proxies[0].round, float(cosine), share)
-
-
-def _whole(proxy: Proxy, name: str, shape: torch.Size) -> Tensor:
-    """A tensor as a proxy shows it; NaN where it does not."""
-    whole = torch.full(shape, torch.nan)
-    proxy.selection.scatter(name, proxy.part(name).float(), whole)
-    return whole
 
 
 def _update(evidence: Evidence, kept: Kept) -> dict[str, Tensor]:

@@ -39,17 +39,10 @@ class Loot:
         """Add a proxy; where it shows something, that replaces what was known before."""
         for name in proxy.tensors:
             proxy.selection.scatter(name, proxy.part(name), self.values[name])
-            self.known[name] |= shown(proxy, name, self.known[name])
+            self.known[name] |= proxy.shows(name)
 
     def share(self) -> float:
         """Which share of all weights is known, from 0 to 1."""
         weights = [name for name, value in self.values.items() if value.is_floating_point()]
         total = sum(self.known[name].numel() for name in weights)
         return sum(int(self.known[name].sum()) for name in weights) / total
-
-
-def shown(proxy: Proxy, name: str, like: Tensor) -> Tensor:
-    """Which elements of a tensor a proxy shows: bool, whole shape."""
-    if not proxy.selection.positions(name):
-        return torch.ones_like(like, dtype=torch.bool)
-    return proxy.selection.released(name, like.shape).bool()
