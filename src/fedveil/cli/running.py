@@ -1,0 +1,139 @@
+"""Commands that run federations: run, demo."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedveil.cli import Debug, File, app, say
+from fedveil.errors import CheckpointError, ConfigurationError
+
+if TYPE_CHECKING:
+    from fedveil.config import Config
+    from fedveil.federation import Result
+
+Workers = Annotated[int | None, typer.Option(min=1, help="Client processes.", show_default=False)]
+
+
+class Engine(Enum):
+    """Where clients of a federation on one machine run."""
+
+    IN_PROCESS = "in-process"
+    FLOWER_SIMULATION = "flower-simulation"
+
+
+@app.command()
+def run(
+    file: File,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue after the last finished round.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove an earlier run from the run folder first.")
+    ] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds in all.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.", show_default=False)] = None,
+    workers: Workers = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Where clients run: in worker processes, or in Flower's on Ray.")
+    ] = Engine.IN_PROCESS,
+    debug: Debug = False,
+) -> None:
+    """Run the federation that a TOML file describes (see docs/configuration.md).
+
+    Options take precedence over the file.
+
+    [bold]Examples[/bold]
+
+      fedveil run federation.toml
+
+      fedveil run federation.toml --rounds 10 --workers 4
+
+      fedveil run federation.toml --resume    [dim]after an interruption[/dim]
+    """
+    from fedveil.config import build, load_config, open_secret
+    from fedveil.report import ConsoleProgress
+
+    folder = str(out.absolute()) if out is not None else None
+    config = load_config(file).change(rounds=rounds, workers=workers, out=folder)
+    _check_folder(config, resume=resume, overwrite=overwrite)
+    console = Console()
+    fresh = not config.secret_path.exists()
+    open_secret(config)
+    say(console, f"secret: {config.secret_path}" + (" (new: keep it, keep it safe)" * fresh))
+    with ConsoleProgress(console) as progress:
+        federation = build(config, observer=progress)
+        wanted = config.federation.rounds
+        if engine is Engine.FLOWER_SIMULATION:
+            from fedveil.flower import simulate
+
+            processes = config.federation.workers
+            result = simulate(
+                federation, wanted, resume=resume, overwrite=overwrite, processes=processes
+            )
+        else:
+            result = federation.run(wanted, resume=resume, overwrite=overwrite)
+    _report(console, config, result)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    workers: Workers = None,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a text classifier with ten clients, by four methods side by side.
+
+    Real articles and a real model, from packages; no network and no account. See docs/data.md for
+    what to install first.
+
+    [bold]Examples[/bold]
+
+      fedveil demo
+
+      fedveil demo --out runs/demo --workers 4
+    """
+    from fedveil.demo import run_demo
+
+    run_demo(out, workers or min(2, os.cpu_count() or 1), Console())
+
+
+def _check_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Say what is in the way before anything is loaded."""
+    if resume and overwrite:
+        raise ConfigurationError(
+            "--resume and --overwrite contradict each other", fix="Leave one out."
+        )
+    earlier = config.out / "checkpoints"
+    if not resume and not overwrite and earlier.is_dir() and any(earlier.iterdir()):
+        raise CheckpointError(
+            "The run folder already holds a run",
+            where=str(config.out),
+            fix="Continue it with --resume, replace it with --overwrite, or name another with "
+            "--out.",
+        )
+
+
+def _report(console: Console, config: Config, result: Result) -> None:
+    from fedveil.config import save_model
+    from fedveil.report import plot, summarize, table, write_summary
+
+    seconds = sum(record.seconds for record in result.rounds)
+    schemes = {config.scheme_name: summarize(config.scheme_name, result, seconds=seconds)}
+    summary: dict[str, Any] = {"fp32_bytes": result.parameters_bytes, "schemes": schemes}
+    figures = write_summary(config.out, result.parameters_bytes, schemes)
+    plot(summary, config.out / "summary.png")
+    model = save_model(config, result.global_model)
+    console.print()
+    console.print(table(summary))
+    console.print()
+    say(console, f"figures: {figures}, {config.out / 'metrics.jsonl'}")
+    say(console, f"picture: {config.out / 'summary.png'}")
+    say(console, f"your tuned model: {model}")
