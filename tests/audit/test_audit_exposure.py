@@ -172,13 +172,18 @@ class TestOnDisk:
         assert sum("client" in line for line in lines) == 9
 
     def test_a_line_that_a_crash_cut_short_is_forgotten(self, tmp_path):
-        one, _, manifest = played(FedAvg(), [["a"]], lambda m: Exposure(m, tmp_path))
+        plan = [["a"], ["b"]]
+        _, messages, manifest = played(FedAvg(), plan, lambda m: Exposure(m, tmp_path))
         path = tmp_path / "exposure.jsonl"
-        whole = path.read_bytes()
-        path.write_bytes(whole + b'{"round": 2, "cli')
+        complete = path.read_bytes()
+        first = b"".join(complete.splitlines(keepends=True)[:-1])
+        torn = first + b'{"round": 2, "cli'
+        path.write_bytes(torn)
         other = Exposure(manifest, tmp_path)
-        assert other.clients == one.clients
-        assert path.read_bytes() == whole
+        assert other.clients == ["a"]
+        assert path.read_bytes() == torn, "whoever only reads changes nothing"
+        other.record(messages[1])
+        assert path.read_bytes() == complete
 
     @pytest.mark.parametrize(
         "line",

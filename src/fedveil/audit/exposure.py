@@ -91,6 +91,7 @@ class Exposure:
     """The exposure ledger of a run: per client, which units were released, how often, at what bits.
 
     Every release is written down before it leaves, so that a crash can at most count too much.
+    Reading changes nothing on disk.
 
     What a share says: how many of the model's numbers some clients were ever sent, in any round, at
     any number of bits. Of a tensor that is cut along two axes a number counts as shown if its row
@@ -115,6 +116,7 @@ class Exposure:
         self._path = None if folder is None else folder / NAME
         self._known: dict[str, Shown] = {}
         self._releases: dict[tuple[int, str], str] = {}
+        self._whole_bytes: int | None = None
         self._totals: dict[str, Shown] = {}
         if self._path is not None and self._path.exists():
             self._replay(self._path)
@@ -234,6 +236,9 @@ class Exposure:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
+                if self._whole_bytes is not None:
+                    file.truncate(self._whole_bytes)
+                    self._whole_bytes = None
                 file.writelines(json.dumps(line) + "\n" for line in lines)
                 file.flush()
                 os.fsync(file.fileno())
@@ -268,5 +273,4 @@ class Exposure:
                     fix="It must list every release: restore it, or begin a new run.",
                 ) from error
         if torn:  # a crash cut its writing short: the message it was about never left
-            with path.open("r+b") as file:
-                file.truncate(len(text.encode()) - len(torn.encode()))
+            self._whole_bytes = len(text.encode()) - len(torn.encode())

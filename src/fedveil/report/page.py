@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedveil.errors import CheckpointError
+from fedveil.files import write_whole
 from fedveil.report import privacy_sections as privacy
 from fedveil.report import run_sections as about
 from fedveil.report.markup import Html, Node, tag
@@ -42,25 +42,9 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
         AuditError: The run's audit is damaged or of another version.
     """
     path = folder / "report.html" if out is None else out
-    text = page(RunFolder.read(folder))
-    aside = path.with_name(f"{path.name}.unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # What no text can hold (half a character, as JSON can) becomes a question mark.
-        with aside.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise CheckpointError(
-            "The report could not be written",
-            expected="a file that may be written",
-            found=str(error),
-            where=str(path),
-            fix="Free some space, or name another file.",
-        ) from error
+    # What no text can hold (half a character, as JSON can) becomes a question mark.
+    text = page(RunFolder.read(folder)).encode("utf-8", "replace").decode("utf-8")
+    write_whole(path, text, CheckpointError, "Free some space, or name another file.")
     return path
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from fedveil.audit import Audit, ClientExposure, Exposure, Manifest
 from fedveil.engine import RoundRecord
-from fedveil.errors import AuditError, CheckpointError, FedveilError
+from fedveil.errors import AuditError, CheckpointError
 
 __all__ = ["RunFolder"]
 
@@ -89,31 +87,21 @@ class RunFolder:
 
     @cached_property
     def exposure(self) -> Mapping[str, ClientExposure]:
-        """By client, what he was shown: from the audit or else, without its course, the ledger.
+        """By client, what he was shown: from the audit or else from the ledger.
 
         Raises:
             CheckpointError: The ledger is damaged.
         """
         if self.audit is not None:
             return self.audit.exposure
-        ledger = self.folder / "exposure.jsonl"
-        if not ledger.exists():
-            return {}
-        # A ledger repairs its file when it is opened, and the run may be writing it right now.
-        with TemporaryDirectory(prefix="fedveil-") as aside:
-            try:
-                shutil.copyfile(ledger, Path(aside) / ledger.name)
-                exposure = Exposure(self.manifest, Path(aside))
-            except (FedveilError, OSError) as error:
-                raise CheckpointError(
-                    "The exposure ledger cannot be read",
-                    expected="one release of this run in each line",
-                    found=getattr(error, "found", "") or str(error),
-                    where=str(ledger),
-                    fix="Restore the file, or audit the run.",
-                ) from error
+        exposure = Exposure(self.manifest, self.folder)
         return {
-            client: ClientExposure(exposure.share([client]), exposure.mean_bits([client]), {}, 0.0)
+            client: ClientExposure(
+                exposure.share([client]),
+                exposure.mean_bits([client]),
+                exposure.history(client),
+                0.0,
+            )
             for client in exposure.clients
         }
 
