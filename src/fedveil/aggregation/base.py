@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class Sums(Protocol):
         """The step of one tensor at its full shape, or None if no client changed it."""
 
 
+@runtime_checkable
 class Aggregation(Protocol):
     """How the updates of a round become one step. A frozen dataclass: its fields configure it."""
 

@@ -20,7 +20,7 @@ def aggregation_of(value: object) -> Aggregation:
     Raises:
         ConfigurationError: If it is neither.
     """
-    if isinstance(value, Mean | RegMean):
+    if isinstance(value, Aggregation) and not isinstance(value, type):
         return value
     if not isinstance(value, str) or value not in AGGREGATIONS:
         raise ConfigurationError(

@@ -126,6 +126,11 @@ class Exposure:
         """Everyone who was ever sent a proxy, sorted."""
         return sorted(self._totals)
 
+    @property
+    def enrolled(self) -> list[str]:
+        """The same in the order of their first release."""
+        return list(self._totals)
+
     def releases(self, clients: Collection[str] | None = None) -> Iterator[tuple[int, str, Shown]]:
         """Round, client and what was shown, oldest first; by default of all clients."""
         for (number, client), digest in sorted(self._releases.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from fedveil.errors import FedveilError
 from fedveil.wire import Message
 
-__all__ = ["Answer", "Crew", "Desk", "Job", "Measures", "threads"]
+__all__ = ["Answer", "Crew", "Desk", "Job", "Measures", "seed_of", "threads"]
 
 Measures = dict[str, float]
 
@@ -73,6 +74,12 @@ class Desk:
         if len(self._memory) < message.nbytes:
             self._memory = bytearray(message.nbytes)
         return message.write_into(self._memory)
+
+
+def seed_of(seed: int, number: int, client: str) -> int:
+    """The seed of one client's training in round ``number`` of a federation with ``seed``."""
+    text = f"{seed}/train/{number}/{client}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -19,7 +18,7 @@ from torch import nn
 
 from fedveil.audit import Exposure, Manifest
 from fedveil.engine.checkpoint import Checkpoint, CheckpointFolder
-from fedveil.engine.crew import Answer, Crew, Desk, Job, threads
+from fedveil.engine.crew import Answer, Crew, Desk, Job, seed_of, threads
 from fedveil.engine.memory import ClientFiles
 from fedveil.engine.observer import Observer
 from fedveil.engine.records import RoundRecord
@@ -31,7 +30,7 @@ from fedveil.errors import (
     ProtocolError,
 )
 from fedveil.files import write_whole
-from fedveil.schemes import ServerSide
+from fedveil.schemes import ServerSide, examples_of
 from fedveil.state import load_state
 from fedveil.training import Prepared, Task, evaluate
 from fedveil.wire import Message
@@ -250,7 +249,7 @@ class Rounds:
             measure = views if len(record.bytes_down) < measured else ()
             record.bytes_down[client] = len(proxy)
             self._keep(record.round, client, "proxy", proxy)
-            yield Job(client, proxy, self._seed(record.round, client), measure)
+            yield Job(client, proxy, seed_of(self.seed, record.round, client), measure)
 
     def _open_exposure(self) -> None:
         self._exposure = None
@@ -291,7 +290,7 @@ class Rounds:
             if answer.failure is not None or answer.reply is None:
                 raise answer.failure or ProtocolError("A client gave no reply", where=answer.client)
             reply = Message.from_bytes(answer.reply)
-            examples = _count(reply, "examples")
+            examples = examples_of(reply)
             self.server.absorb(answer.client, reply, float(examples))
         except FedveilError as error:
             record.failed[answer.client] = str(error)
@@ -315,10 +314,6 @@ class Rounds:
                 load_state(self.model, self.server.view(view))
                 measures[view] = self.measure_model(self.model) or {}
         return measures
-
-    def _seed(self, number: int, client: str) -> int:
-        text = f"{self.seed}/train/{number}/{client}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
     def _take_up(self, resume: bool) -> list[RoundRecord]:
         """Continue from the newest checkpoint, if that is wanted and there is one."""
@@ -386,17 +381,6 @@ def clear(folder: Path) -> None:
 
 def _is_due(every: int, number: int, rounds: int) -> bool:
     return number == rounds or (every > 0 and number % every == 0)
-
-
-def _count(reply: Message, name: str) -> int:
-    value = reply.scalars.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ProtocolError(
-            f"A reply does not say its {name}",
-            expected="a positive integer",
-            found=repr(value)[:80],
-        )
-    return value
 
 
 def _mean_measures(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:

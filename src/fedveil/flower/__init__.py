@@ -25,16 +25,21 @@ except ImportError as error:
 from fedveil.engine.patience import Patience
 from fedveil.flower.client import Partner, client_app
 from fedveil.flower.crew import FlowerCrew
-from fedveil.flower.directory import ByAnswer, ByKey, Directory
+from fedveil.flower.directory import ByAnswer, ByKey, ByNode, Directory
+from fedveil.flower.mod import proxy_mod
 from fedveil.flower.simulation import simulate
+from fedveil.flower.strategy import ModelPrivacy
 
 __all__ = [
     "ByAnswer",
     "ByKey",
+    "ByNode",
     "Directory",
     "FlowerCrew",
+    "ModelPrivacy",
     "Partner",
     "Patience",
     "client_app",
+    "proxy_mod",
     "simulate",
 ]

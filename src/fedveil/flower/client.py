@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedveil.engine.crew import Job, threads
@@ -15,7 +15,7 @@ from fedveil.errors import FedveilError, ProtocolError, WireError
 from fedveil.flower.payload import pack, unpack
 from fedveil.wire import Message as Wire
 
-__all__ = ["Partner", "client_app"]
+__all__ = ["Partner", "answer", "client_app"]
 
 _LOG = logging.getLogger("fedveil")
 
@@ -51,12 +51,7 @@ def client_app(partner: Callable[[Context], Partner]) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        try:
-            content = pack(_train(message, partner(context)))
-        except Exception as error:
-            _LOG.exception("This round's training failed")
-            kind = type(error).__name__ if isinstance(error, FedveilError) else "other"
-            content = pack(None, {"failure": kind})
+        content = answer(lambda: pack(_train(message, partner(context))))
         return Message(content=content, reply_to=message)
 
     @app.query()
@@ -69,6 +64,16 @@ def client_app(partner: Callable[[Context], Partner]) -> ClientApp:
         return Message(content=pack(None, facts), reply_to=message)
 
     return app
+
+
+def answer(train: Callable[[], RecordDict]) -> RecordDict:
+    """What ``train`` returns; or, whatever goes wrong in it, no more than the kind of its error."""
+    try:
+        return train()
+    except Exception as error:
+        _LOG.exception("This round's training failed")
+        kind = type(error).__name__ if isinstance(error, FedveilError) else "other"
+        return pack(None, {"failure": kind})
 
 
 def _train(message: Message, partner: Partner) -> bytearray | memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,12 +15,13 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_key,
 )
 from flwr.app import Message, MessageType
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from fedveil.errors import ConfigurationError, ProtocolError, WireError
 from fedveil.flower.payload import pack, unpack
 
-__all__ = ["ByAnswer", "ByKey", "Directory", "read_key"]
+__all__ = ["ByAnswer", "ByKey", "ByNode", "Directory", "read_key"]
 
 
 class Directory(Protocol):
@@ -64,6 +66,19 @@ class ByKey:
             if client is not None:
                 nodes[client] = node.node_id
         return nodes
+
+
+class ByNode:
+    """Every node is a client of its own, named by its key; or by its number, if it has no key.
+
+    With a key, which a SuperLink checks that was started with ``--enable-supernode-auth``, a client
+    stays the same when its node comes back. Without, it is a new one each time: it gets new masks,
+    and sees more of the model.
+    """
+
+    def find(self, grid: Grid) -> Mapping[str, int]:
+        """See :class:`Directory`."""
+        return {_fingerprint(node): node.node_id for node in grid.get_nodes()}
 
 
 @dataclass
@@ -124,6 +139,11 @@ def read_key(text: str, whose: str) -> bytes:
             fix="It is what ssh-keygen -t ecdsa -b 384 writes to the .pub file.",
         )
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).strip()
+
+
+def _fingerprint(node: NodeInfo) -> str:
+    key = bytes(node.public_key).strip()
+    return f"key-{hashlib.sha256(key).hexdigest()[:16]}" if key else f"node-{node.node_id}"
 
 
 def _name(answer: Message) -> str | None:

@@ -36,7 +36,7 @@ def unpack(content: RecordDict) -> tuple[bytes | None, dict[str, int | str]]:
         WireError: It is something else.
     """
     arrays, facts = content.array_records, content.config_records.get(_FACTS)
-    if facts is None or set(arrays) - {_MESSAGE} or content.metric_records:
+    if facts is None or set(arrays) - {_MESSAGE}:
         raise WireError(
             "A Flower message is not one of fedveil's",
             expected=f"records {_FACTS!r} and perhaps {_MESSAGE!r}",

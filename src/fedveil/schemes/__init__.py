@@ -1,6 +1,7 @@
 """One file per system; base.py holds the contract they fulfil."""
 
-from fedveil.schemes.base import ClientSide, Scheme, ServerSide, ServerState
+from fedveil.schemes.base import ClientSide, Scheme, ServerSide, ServerState, with_aggregation
+from fedveil.schemes.client import examples_of
 from fedveil.schemes.fedavg import FedAvg
 from fedveil.schemes.fedqsn import FedQSN
 from fedveil.schemes.registry import register_scheme, scheme_class, scheme_names
@@ -12,7 +13,9 @@ __all__ = [
     "Scheme",
     "ServerSide",
     "ServerState",
+    "examples_of",
     "register_scheme",
     "scheme_class",
     "scheme_names",
+    "with_aggregation",
 ]

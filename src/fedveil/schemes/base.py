@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from fedveil.aggregation import Aggregation, Mean
+from fedveil.errors import ConfigurationError
 from fedveil.secret import Secret
 from fedveil.state import StateDict
 from fedveil.units import UnitGroup
 from fedveil.wire import Message
 
-__all__ = ["ClientSide", "LocalTrainer", "Memory", "Metrics", "Scheme", "ServerSide", "ServerState"]
+__all__ = [
+    "ClientSide",
+    "LocalTrainer",
+    "Memory",
+    "Metrics",
+    "Scheme",
+    "ServerSide",
+    "ServerState",
+    "with_aggregation",
+]
 
 Metrics = Mapping[str, float]
 
@@ -142,6 +153,23 @@ class ClientSide(Protocol):
     @property
     def remembers(self) -> bool:
         """Whether :meth:`fit` wants a memory that lasts from round to round."""
+
+
+def with_aggregation(scheme: Scheme, aggregation: Aggregation) -> Scheme:
+    """A scheme whose updates something else combines.
+
+    Raises:
+        ConfigurationError: Its own way is not the mean, which needs nothing of clients but updates.
+    """
+    own = getattr(scheme, "aggregation", None)
+    if not isinstance(own, Mean):
+        raise ConfigurationError(
+            "Updates would be combined in two ways",
+            expected='a scheme with aggregation="mean"',
+            found=repr(own or scheme),
+        )
+    changed: Scheme = replace(scheme, aggregation=aggregation)  # type: ignore[type-var]
+    return changed
 
 
 class Scheme(ABC):

@@ -22,7 +22,7 @@ from fedveil.units import UnitGroup
 from fedveil.updates import ErrorFeedback, UpdateCodec
 from fedveil.wire import Dense, Message, Section, UnitIndex
 
-__all__ = ["UNIT_PREFIX", "ProxyClient"]
+__all__ = ["UNIT_PREFIX", "ProxyClient", "examples_of"]
 
 UNIT_PREFIX = "units/"
 """A unit index travels under this prefix and the name of its unit group."""
@@ -164,6 +164,22 @@ class ProxyClient:
             if tensor.is_floating_point():
                 tensor.fill_(number)
         return self.find_groups(model)
+
+
+def examples_of(reply: Message) -> int:
+    """How many examples a client says it trained on: its own claim.
+
+    Raises:
+        ProtocolError: It says none.
+    """
+    value = reply.scalars.get("examples")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ProtocolError(
+            "A reply does not say its examples",
+            expected="a positive integer",
+            found=repr(value)[:80],
+        )
+    return value
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[object, object, Sequence[UnitGroup]]]
