@@ -30,7 +30,7 @@ demo: $(READY)  ## Fine-tune a text classifier on ten clients' documents, three 
 	$(BIN)/fedveil demo --out runs/demo
 
 test: $(READY)  ## Run the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(READY)  ## Check format, style and types
 	$(BIN)/ruff format --check .

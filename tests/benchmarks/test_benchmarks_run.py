@@ -18,6 +18,7 @@ RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 BITS = (2, 3, 4, 8)
 STORAGES = ("[out, in]", "[in, out]")
 QUICK = Plan(quick=True)
+pytestmark = pytest.mark.slow
 
 
 def bench(*arguments, cwd):

@@ -1,15 +1,20 @@
 """The folders of a deployment: what each side gets, and what it does not."""
 
+import importlib.metadata
+import os
+import re
 import stat
 import subprocess
 
 import datasets
 import pytest
 import transformers
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from deploy_samples import FILE
 
+import fedveil
 import toys
 from fedveil.aggregation import RegMean
 from fedveil.config import build, build_workplace, load_config
@@ -18,9 +23,9 @@ from fedveil.errors import ConfigurationError
 from fedveil.schemes import FedAvg, FedQSN
 
 
-def write(folder, host="fl.example.org"):
+def write(folder, host="fl.example.org", public_port=443):
     config = load_config(folder / "federation.toml")
-    return write_deployment(config, Address(host, 9092), folder / "deployment")
+    return write_deployment(config, Address(host, 9092, public_port), folder / "deployment")
 
 
 def test_there_is_a_folder_for_each_side(folder):
@@ -164,3 +169,52 @@ def test_nginx_lets_clients_through_to_the_fleet_alone(folder):
 def test_clients_need_no_field_but_those_named(scheme):
     words = {name: getattr(scheme, name) for name in scheme.client_fields}
     assert repr(type(scheme)(**words).client()) == repr(scheme.client())
+
+
+class TestContainers:
+    """They cannot be built here: what can be known of them without is that all parts agree."""
+
+    def test_the_owners_publish_nothing_but_what_nginx_guards(self, folder):
+        owner, *_ = write(folder, public_port=8443)
+        services = yaml.safe_load((owner / "compose.yaml").read_text())["services"]
+        superlink, nginx = services["superlink"], services["nginx"]
+        assert superlink["ports"] == ["8443:8443"]
+        assert "ports" not in nginx
+        assert nginx["network_mode"] == "service:superlink"
+        assert "listen 8443 ssl" in (owner / "nginx.conf").read_text()
+        assert "proxy_pass https://127.0.0.1:9092" in (owner / "nginx.conf").read_text()
+        assert "--port 9092" in (owner / "superlink.sh").read_text()
+
+    def test_everything_that_is_named_is_there(self, folder):
+        for one in write(folder):
+            services = yaml.safe_load((one / "compose.yaml").read_text())["services"]
+            for service in services.values():
+                for mount in service["volumes"]:
+                    inner = one / mount.split(":")[0]
+                    assert inner.exists()
+                if service.get("build"):
+                    (command,) = service["command"]
+                    assert os.access(one / command, os.X_OK)
+                    assert service["user"].startswith("${RUN_AS")
+                    assert service["cap_drop"] == ["ALL"]
+
+    def test_the_owners_files_keep_their_paths(self, folder):
+        owner, *_ = write(folder)
+        superlink = yaml.safe_load((owner / "compose.yaml").read_text())["services"]["superlink"]
+        assert superlink["working_dir"] == str(owner)
+        assert superlink["volumes"] == [f"{folder}:{folder}"]
+        assert str(folder / "federation.toml") in (owner / "superlink.sh").read_text()
+
+    def test_images_have_this_version_and_extras_that_there_are(self, folder):
+        extras = set(importlib.metadata.metadata("fedveil").get_all("Provides-Extra"))
+        for one in write(folder):
+            lines = (one / "Dockerfile").read_text().splitlines()
+            (wanted,) = re.findall(r'ARG FEDVEIL="fedveil\[(.*)\]==(.*)"', "\n".join(lines))
+            assert set(wanted[0].split(",")) <= extras
+            assert wanted[1] == fedveil.__version__
+            known = {"FROM", "ARG", "RUN", "ENV"}
+            assert {line.split()[0] for line in lines if not line.startswith("#")} <= known
+
+    def test_on_one_machine_there_are_none(self, folder):
+        for one in write(folder, "127.0.0.1"):
+            assert not (one / "compose.yaml").exists()

@@ -8,6 +8,7 @@ from fedveil.errors import ExposureError
 from fedveil.flower import simulate
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'fedveil[simulation]'")
+pytestmark = pytest.mark.slow
 
 
 def test_the_result_is_that_of_the_in_process_engine_bit_for_bit(tmp_path):

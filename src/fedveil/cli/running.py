@@ -59,7 +59,7 @@ def run(
       fedveil run federation.toml --resume    [dim]after an interruption[/dim]
     """
     from fedveil.config import build, load_config, open_secret
-    from fedveil.report import ConsoleProgress
+    from fedveil.report import ConsoleProgress, watched
 
     folder = str(out.absolute()) if out is not None else None
     config = load_config(file).change(rounds=rounds, workers=workers, out=folder)
@@ -68,8 +68,11 @@ def run(
     fresh = not config.secret_path.exists()
     open_secret(config)
     say(console, f"secret: {config.secret_path}" + (" (new: keep it, keep it safe)" * fresh))
-    with ConsoleProgress(console) as progress:
-        federation = build(config, observer=progress)
+    with (
+        ConsoleProgress(console) as progress,
+        watched(progress, config.out, config.federation.track) as observer,
+    ):
+        federation = build(config, observer=observer)
         wanted = config.federation.rounds
         if engine is Engine.FLOWER_SIMULATION:
             from fedveil.flower import simulate

@@ -121,6 +121,7 @@ class FederationTable(Table):
         out: Run folder; "runs/" and the file's own name by default.
         keep_messages: Keep exactly the bytes that clients received and returned; "proxies" keeps
             those that they received.
+        track: Where else the numbers of rounds go; see :func:`fedveil.report.watched`.
     """
 
     rounds: AtLeastOne = 5
@@ -132,6 +133,7 @@ class FederationTable(Table):
     secret_file: Word = "federation.secret"  # noqa: S105  the name of a file
     out: Word | None = None
     keep_messages: bool | Literal["proxies"] = False
+    track: tuple[Literal["tensorboard", "mlflow"], ...] | None = None
 
 
 class PartnerTable(Table):

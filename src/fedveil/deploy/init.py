@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fedveil.errors import ConfigurationError
 __all__ = ["Address", "write_deployment"]
 
 _ARCHITECTURE = "architecture"
+_CONTAINERS = ("Dockerfile", "compose.yaml")
 _DATA = ("task", "text", "text_pair", "image", "label", "labels", "max_length", "transform")
 
 
@@ -123,11 +125,16 @@ def _write_owner(config: Config, address: Address, owner: Path) -> None:
         "names": ", ".join(config.partners.names),
         "out": config.out,
         "secret": config.secret_path,
+        "version": version("fedveil"),
+        "mounts": _mounts(config.path.parent, config.out, config.secret_path.parent, owner),
     }
     for name in ("superlink.sh", "start.sh"):
         write_program(owner / name, _filled(f"owner/{name}", words))
     for name in ("superlink.service", "nginx.conf", "README.md"):
         write_public(owner / name, _filled(f"owner/{name}", words))
+    if not address.is_local:  # each container has a 127.0.0.1 of its own
+        for name in _CONTAINERS:
+            write_public(owner / name, _filled(f"owner/{name}", words))
     write_public(owner / "flwr" / "config.toml", _filled("owner/config.toml", words))
     write_public(owner / "app" / "pyproject.toml", _filled("owner/pyproject.toml", words))
 
@@ -135,9 +142,9 @@ def _write_owner(config: Config, address: Address, owner: Path) -> None:
 def _write_partner(
     config: Config, address: Address, model: nn.Module, name: str, folder: Path
 ) -> None:
-    words = {"name": name, "superlink": address.superlink}
+    words = {"name": name, "superlink": address.superlink, "version": version("fedveil")}
     write_program(folder / "supernode.sh", _filled("partner/supernode.sh", words))
-    for file in ("supernode.service", "README.md"):
+    for file in ("supernode.service", "README.md", *(() if address.is_local else _CONTAINERS)):
         write_public(folder / file, _filled(f"partner/{file}", words))
     write_public(folder / "partner.toml", _partner_file(config, name))
     module = config.path.parent / f"{config.model.name.partition(':')[0]}.py"
@@ -196,6 +203,13 @@ def _value(value: Any) -> str:
         inner = (f"{key} = {_value(one)}" for key, one in fields.items() if one is not None)
         return f"{{ {', '.join(inner)} }}"
     return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _mounts(*folders: Path) -> str:
+    """Lines of a compose file that mount folders where they are, those inside others left out."""
+    paths = {folder.absolute() for folder in folders}
+    outer = sorted(path for path in paths if not paths & set(path.parents))
+    return "\n".join(f"      - {path}:{path}" for path in outer)
 
 
 def _filled(template: str, words: Mapping[str, object]) -> str:

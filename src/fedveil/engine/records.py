@@ -27,6 +27,9 @@ class RoundRecord:
             ``proxy_after`` (the last two means over the measured clients), each with ``accuracy``
             in percent and ``loss`` in nats.
         metrics: What the scheme reports of the round.
+        exposed: Share of the model's parameters, from 0 to 1, that each client of the round was
+            shown so far in all rounds together; see :class:`~fedveil.audit.Exposure`.
+        exposed_together: The same of all clients of the run united; None if nothing is kept.
         seconds: Wall-clock time of the round, measuring included.
     """
 
@@ -40,6 +43,8 @@ class RoundRecord:
     loss_last: dict[str, float] = field(default_factory=dict)
     measures: dict[str, dict[str, float]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    exposed: dict[str, float] = field(default_factory=dict)
+    exposed_together: float | None = None
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:

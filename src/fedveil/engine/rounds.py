@@ -191,6 +191,9 @@ class Rounds:
         if len(failures) == len(answers):
             raise failures[0]
         record.metrics = dict(self.server.end_round())
+        if self._exposure is not None:
+            record.exposed = {name: self._exposure.share([name]) for name in record.bytes_down}
+            record.exposed_together = self._exposure.share(self._exposure.clients)
         record.measures = self._measure(number, rounds) | _mean_measures(answers)
         record.seconds = time.perf_counter() - started
         return record

@@ -20,7 +20,7 @@ from fedveil.federation import Result
 from fedveil.flower.client import Partner, client_app
 from fedveil.flower.crew import FlowerCrew
 from fedveil.flower.directory import ByKey
-from fedveil.report import ConsoleProgress
+from fedveil.report import ConsoleProgress, watched
 
 __all__ = ["FEDERATION", "PARTNER", "client", "run", "server"]
 
@@ -52,9 +52,12 @@ def run(config: Config, grid: Grid) -> Result:
     directory = ByKey({name: _read_key(folder / f"{name}.pub") for name in table.names})
     patience = Patience(table.deadline, table.quorum, table.give_up)
     # What is printed here the owner sees: Flower passes it on to where the run was started.
-    with ConsoleProgress() as progress:
+    with (
+        ConsoleProgress() as progress,
+        watched(progress, config.out, config.federation.track) as observer,
+    ):
         crew = FlowerCrew(grid, directory, patience, progress.waiting)
-        federation = build(config, observer=progress)
+        federation = build(config, observer=observer)
         result = federation.run(config.federation.rounds, resume=True, crew=crew)
     print(f"your tuned model: {save_model(config, result.global_model)}")
     return result

@@ -22,6 +22,9 @@ __all__ = ["FlowerCrew"]
 
 Tell = Callable[[str], None]
 
+_NAMED = 8
+"""So many clients are told of by name, and more only by number."""
+
 _WHY: Mapping[int, str] = {
     ErrorCode.NODE_UNAVAILABLE: "its node did not stay connected",
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its program raised an error",
@@ -77,7 +80,8 @@ class FlowerCrew:
                     found=", ".join(sorted(self._nodes)) or "none",
                     fix="Start their SuperNodes, then run again: finished rounds are kept.",
                 )
-            self._tell(f"waiting for clients: {there} of {wanted} are connected")
+            names = f": {', '.join(sorted(self._nodes))}" if 0 < there <= _NAMED else ""
+            self._tell(f"waiting for clients: {there} of {wanted} are connected{names}")
             time.sleep(patience.poll)
 
     def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:

@@ -4,5 +4,6 @@ from fedveil.report.console import ConsoleProgress
 from fedveil.report.plot import plot
 from fedveil.report.summary import summarize, write_summary
 from fedveil.report.table import table
+from fedveil.report.trackers import watched
 
-__all__ = ["ConsoleProgress", "plot", "summarize", "table", "write_summary"]
+__all__ = ["ConsoleProgress", "plot", "summarize", "table", "watched", "write_summary"]

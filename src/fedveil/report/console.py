@@ -136,5 +136,9 @@ def _line(record: RoundRecord, rounds: int) -> str:
             parts.append(f"{name} {human_percent(record.measures[view]['accuracy'], sign=True)}")
     for way, sizes in (("down", record.bytes_down), ("up", record.bytes_up)):
         parts.append(f"{human_bytes(sum(sizes.values()))} {way}")
+    if record.exposed and record.exposed_together is not None:
+        most = human_percent(100 * max(record.exposed.values()), sign=True)
+        together = human_percent(100 * record.exposed_together, sign=True)
+        parts.append(f"{most} of the model shown to one client so far, {together} to all")
     parts.append(human_seconds(record.seconds))
     return f"round {record.round}/{rounds}: " + ", ".join(parts)
