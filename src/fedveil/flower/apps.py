@@ -22,7 +22,7 @@ from fedveil.flower.crew import FlowerCrew
 from fedveil.flower.directory import ByKey
 from fedveil.report import ConsoleProgress, watched
 
-__all__ = ["FEDERATION", "PARTNER", "client", "run", "server"]
+__all__ = ["FEDERATION", "PARTNER", "client", "find_partner", "run", "server"]
 
 FEDERATION = "FEDVEIL_FEDERATION"
 """The environment variable of the owner's machine that names his file: it reaches no client."""
@@ -99,7 +99,12 @@ def _partner(path: str) -> Partner:
     return Partner(config.partner.name, place, config.partner.threads)
 
 
-def _find_partner(context: Context) -> Partner:
+def find_partner(context: Context) -> Partner:
+    """What the client on this machine has.
+
+    Raises:
+        FedveilError: Its file is not named, or what it names cannot be used.
+    """
     path = context.node_config.get(PARTNER)
     if not isinstance(path, str):
         raise ConfigurationError(
@@ -110,4 +115,4 @@ def _find_partner(context: Context) -> Partner:
     return _partner(path)
 
 
-client = client_app(_find_partner)
+client = client_app(find_partner)
