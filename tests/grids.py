@@ -7,15 +7,21 @@ from itertools import count
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
+
+
+def bytes_of(message):
+    """What a message takes on the wire: every object in it, as Flower writes it."""
+    return b"".join(part.deflate() for part in get_all_nested_objects(message).values())
 
 
 @dataclass
 class Node:
     """A connected node: its key, its program, its --node-config, and how it misbehaves.
 
-    ``behaviour`` is a function of the reply that returns what arrives: a message, an Error, or None
-    for nothing at all.
+    ``behaviour`` is a function of the reply that returns what arrives: a message, several, an
+    Error, or None for nothing at all.
     """
 
     app: object
@@ -51,9 +57,7 @@ class LocalGrid(Grid):
         return [self._deliver(message) for message in messages]
 
     def pull_messages(self, message_ids):
-        return [
-            self._replies.pop(number) for number in list(message_ids) if number in self._replies
-        ]
+        return [reply for number in message_ids for reply in self._replies.pop(number, [])]
 
     def send_and_receive(self, messages, *, timeout=None):
         return self.pull_messages(self.push_messages(messages))
@@ -71,5 +75,5 @@ class LocalGrid(Grid):
         if isinstance(arrived, Error):
             arrived = Message(arrived, reply_to=message)
         if arrived is not None:
-            self._replies[number] = arrived
+            self._replies[number] = arrived if isinstance(arrived, list) else [arrived]
         return number

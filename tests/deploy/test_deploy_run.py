@@ -10,7 +10,7 @@ from fedveil.deploy import Address, write_deployment
 from fedveil.errors import ConfigurationError
 from fedveil.flower import apps
 from fedveil.shards import open_shards
-from grids import LocalGrid, Node
+from grids import LocalGrid, Node, bytes_of
 
 NAMES = ("clinic-1", "clinic-2")
 
@@ -64,19 +64,19 @@ def test_a_finished_run_sends_nothing_more(folder, grid):
     assert len(grid.sent) == sent
 
 
-def test_no_byte_to_clients_holds_a_weight_of_the_global_model(folder, grid):
-    result = apps.run(load_config(folder / "federation.toml"), grid)
-    sent = b"".join(
-        array.data
-        for message in grid.sent
-        for record in message.content.array_records.values()
-        for array in record.values()
-    )
-    base = build(load_config(folder / "federation.toml")).model
-    for model in (base, result.global_model):
+def test_no_byte_that_leaves_the_owners_program_is_of_a_model(folder, grid):
+    config = load_config(folder / "federation.toml")
+    models = [build(config).model]
+    models += [apps.run(config.change(rounds=rounds), grid).global_model for rounds in (1, 2, 3)]
+    sent = b"".join(bytes_of(message) for message in grid.sent)
+    for model in models:
         rows = toys.weights(model)["1.weight"]
+        assert len(rows) > 100
         assert all(row.numpy().tobytes() not in sent for row in rows)
+    secret = config.secret_path.read_text().strip()
+    assert all(word not in sent for word in (secret.encode(), bytes.fromhex(secret)))
     assert {message.metadata.dst_node_id for message in grid.sent} == {10, 11}
+    assert {message.metadata.message_type for message in grid.sent} == {"train"}
 
 
 def test_without_its_variable_the_owners_program_says_what_it_needs(monkeypatch, grid):

@@ -1,5 +1,7 @@
 """Rounds over Flower: the same results, and nothing that clients do stops them."""
 
+import copy
+
 import pytest
 import torch
 from flower_samples import app_of, federation, grid_of
@@ -111,6 +113,17 @@ class TestFaults:
         # As if it had never answered.
         silent = run(grid_of(federation(), partner_1=lambda reply: None))
         assert toys.same(toys.weights(found.global_model), toys.weights(silent.global_model))
+
+    def test_who_answers_twice_has_answered_once(self):
+        def twice(reply):
+            return [reply, replaced(copy.copy(reply), b"and another thing")]
+
+        found = run(grid_of(federation(), partner_1=twice))
+        expected = run(grid_of(federation()))
+        assert toys.same(toys.weights(found.global_model), toys.weights(expected.global_model))
+        nobody = {"partner_0": lambda reply: None, "partner_2": lambda reply: None}
+        with pytest.raises(ProtocolError, match="found 1"):  # not two
+            run(grid_of(federation(), partner_1=twice, **nobody))
 
     def test_what_an_error_said_stays_with_the_client(self, caplog):
         bad = federation(clients={"a": toys.rows(4), "b": toys.rows(4, seed=1)})

@@ -27,7 +27,7 @@ from fedveil.flower.payload import pack, unpack
 from fedveil.updates import SMALL
 from fedveil.wire import Dense
 from fedveil.wire import Message as Wire
-from grids import LocalGrid, Node
+from grids import LocalGrid, Node, bytes_of
 
 SCHEME = FedQSN(units="neurons", average="participants")
 EVERYONE = {"min_train_nodes": 3, "min_available_nodes": 3, "min_evaluate_nodes": 3}
@@ -77,7 +77,7 @@ class TestWhatLeaves:
         nodes, shield = grid(), strategy()
         states = [toys.weights(toys.mlp()), start(nodes, shield, 1)]
         states.append(shield.final())
-        leaving = b"".join(message_bytes(message) for message in nodes.sent)
+        leaving = b"".join(bytes_of(message) for message in nodes.sent)
         for state in states:
             # What is smaller than this is sent exactly.
             rows = [row for t in state.values() if t.numel() >= SMALL for row in t]
@@ -91,13 +91,6 @@ class TestWhatLeaves:
         one, other, _ = (message.content for message in messages)
         assert one["config"] is not other["config"]
         assert isinstance(messages, list)  # Flower goes through it twice
-
-
-def message_bytes(message):
-    """What a message takes on the wire: of every object in it, as Flower writes it."""
-    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-
-    return b"".join(part.deflate() for part in get_all_nested_objects(message).values())
 
 
 class TestInnerStrategies:

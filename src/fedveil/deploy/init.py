@@ -125,7 +125,7 @@ def _write_owner(config: Config, address: Address, owner: Path) -> None:
         "names": ", ".join(config.partners.names),
         "out": config.out,
         "secret": config.secret_path,
-        "version": version("fedveil"),
+        **_container_words(address),
         "mounts": _mounts(config.path.parent, config.out, config.secret_path.parent, owner),
     }
     for name in ("superlink.sh", "start.sh"):
@@ -142,7 +142,7 @@ def _write_owner(config: Config, address: Address, owner: Path) -> None:
 def _write_partner(
     config: Config, address: Address, model: nn.Module, name: str, folder: Path
 ) -> None:
-    words = {"name": name, "superlink": address.superlink, "version": version("fedveil")}
+    words = {"name": name, "superlink": address.superlink, **_container_words(address)}
     write_program(folder / "supernode.sh", _filled("partner/supernode.sh", words))
     for file in ("supernode.service", "README.md", *(() if address.is_local else _CONTAINERS)):
         write_public(folder / file, _filled(f"partner/{file}", words))
@@ -203,6 +203,11 @@ def _value(value: Any) -> str:
         inner = (f"{key} = {_value(one)}" for key, one in fields.items() if one is not None)
         return f"{{ {', '.join(inner)} }}"
     return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _container_words(address: Address) -> dict[str, str]:
+    see = "" if address.is_local else ", or see `compose.yaml`"
+    return {"version": version("fedveil"), "containers": see}
 
 
 def _mounts(*folders: Path) -> str:

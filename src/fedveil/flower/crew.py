@@ -156,8 +156,8 @@ class _Inbox:
                 found = list(self._grid.pull_messages([number]))
             except httpx.HTTPError:
                 return  # the SuperLink does not answer just now
-            for message in found:
-                self._keep(number, message)
+            if found:
+                self._keep(number, found[0])  # who answers twice has answered once
 
     def take(self, client: str, number: str) -> Answer:
         """A client's answer; that there is none, if there is none."""
