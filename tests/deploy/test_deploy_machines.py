@@ -202,6 +202,11 @@ def test_a_federation_survives_what_happens_to_its_programs(machines):
     run.kill()
     assert machines.start(owner / "start.sh").wait(200) == 0
 
+    # Who stops a SuperNode's script stops the SuperNode.
+    nodes[0].terminate()
+    assert nodes[0].wait(60) == 0
+    machines.wait("the end of a SuperNode", lambda: not machines.find(first, "flower-supernode"))
+
     one, two = records(folder)
     assert set(one["failed"]) == {"clinic-3"}, machines.told()
     assert not two["failed"], machines.told()
