@@ -21,11 +21,18 @@ from fedveil.federation import Federation, Result
 from fedveil.merging import MergeStatistics, merge, statistics_of
 from fedveil.schemes import FedAvg, FedQSN, Scheme
 from fedveil.secret import Secret
-from fedveil.training import ImageClassification, TextClassification, Training
+from fedveil.training import (
+    CausalLM,
+    ImageClassification,
+    Seq2Seq,
+    TextClassification,
+    Training,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CausalLM",
     "CheckpointError",
     "ConfigurationError",
     "DataError",
@@ -44,6 +51,7 @@ __all__ = [
     "RoundRecord",
     "Scheme",
     "Secret",
+    "Seq2Seq",
     "TextClassification",
     "Training",
     "TrainingError",

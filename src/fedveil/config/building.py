@@ -17,7 +17,14 @@ from fedveil.errors import ConfigurationError
 from fedveil.federation import Federation, Remote
 from fedveil.secret import Secret
 from fedveil.state import architecture_of
-from fedveil.training import ImageClassification, Task, TextClassification, Trainer
+from fedveil.training import (
+    CausalLM,
+    ImageClassification,
+    Seq2Seq,
+    Task,
+    TextClassification,
+    Trainer,
+)
 
 __all__ = ["build", "build_workplace", "open_secret"]
 
@@ -121,6 +128,17 @@ def _task(config: Config, model: nn.Module, classes: int) -> Task:
         )
     tokenizer = load_tokenizer(tokenizer_name(config), folder)
     _agree(tokenizer, model, config)
+    if not data.has_classes:
+        kind = CausalLM if data.task == "causal-lm" else Seq2Seq
+        return kind(
+            tokenizer,
+            max_length=data.max_length,
+            label_smoothing=data.label_smoothing,
+            prompt=data.prompt,
+            completion=data.completion,
+            messages=data.messages,
+            text=data.text,
+        )
     return TextClassification(
         tokenizer,
         num_labels=classes,

@@ -256,7 +256,7 @@ def _check_sources(
         )  # fmt: skip
     if (clients or partners or partner) and tables["partition"]:
         problems.add("There is nothing to divide", "partition", fix="Leave [partition] out.")
-    if (partners or partner) and data.labels is None and data.task.endswith("classification"):
+    if (partners or partner) and data.labels is None and data.has_classes:
         problems.add(
             "A key is missing", "data", "labels", expected="all class names in order",
             fix="Machines that do not see each other's data must number classes alike.",

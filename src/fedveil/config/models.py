@@ -29,6 +29,8 @@ __all__ = [
 _CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
 }
 
 
@@ -65,7 +67,7 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_function(table.name):
-            model = _call(find_function(table.name, folder), table.name, classes)
+            model = _call(find_function(table.name, folder), table.name, classes or None)
             return model.to(getattr(torch, table.dtype))
         place = place_of(table.name, folder)
         return _load_pretrained(table, task, names, classes, place, weights)
@@ -166,8 +168,8 @@ def _load_pretrained(
     place: str,
     weights: bool,
 ) -> nn.Module:
-    words: dict[str, Any] = {"num_labels": classes}
-    if classes == len(names):
+    words: dict[str, Any] = {"num_labels": classes} if classes else {}
+    if classes and classes == len(names):
         words["id2label"] = dict(enumerate(names))
         words["label2id"] = {name: number for number, name in enumerate(names)}
     with quiet_transformers() as transformers, _explained("model", place):

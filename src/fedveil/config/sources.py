@@ -27,7 +27,7 @@ class Rows:
     Attributes:
         clients: Rows by client; none of clients on other machines.
         test: The owner's rows, or None.
-        names: Class names in order.
+        names: Class names in order; none for language models.
     """
 
     clients: Mapping[str, datasets.Dataset]
@@ -58,12 +58,14 @@ def load_rows(config: Config) -> Rows:
             f"client {name}": _draw(_load(config, file, data.train_split), data.train_limit, seed)
             for name, file in files.items()
         }
-    names = data.labels or _class_names(parts, data.label, config.model.num_labels)
-    encoded = {who: _encode(rows, who, data.label, names) for who, rows in parts.items()}
     test = None
     if data.test is not None:
-        rows = _draw(_load(config, data.test, data.test_split), data.test_limit, seed)
-        test = _encode(rows, _TEST, data.label, names)
+        test = _draw(_load(config, data.test, data.test_split), data.test_limit, seed)
+    names, encoded = [], parts
+    if data.has_classes:
+        names = data.labels or _class_names(parts, data.label, config.model.num_labels)
+        encoded = {who: _encode(rows, who, data.label, names) for who, rows in parts.items()}
+        test = None if test is None else _encode(test, _TEST, data.label, names)
     if config.partition is None:
         return Rows(dict(zip(files, encoded.values(), strict=True)), test, names)
     return Rows(_divide(config, encoded[_TRAIN]), test, names)

@@ -75,11 +75,17 @@ class DataTable(Table):
         image: Column of images.
         label: Column of classes: names or whole numbers.
         labels: All class names in order; by default those found, sorted.
-        max_length: Tokens of a text that are read.
+        prompt: Column of prompts, of language models.
+        completion: Column of their answers.
+        messages: Column of conversations, instead of these two.
+        label_smoothing: Share of a target token that is spread over all tokens, in training.
+        max_length: Tokens of a text that are read; of language models with its answer.
         transform: "module:function" applied to each image.
     """
 
-    task: Literal["text-classification", "image-classification"] = "text-classification"
+    task: Literal["text-classification", "image-classification", "causal-lm", "seq2seq"] = (
+        "text-classification"
+    )
     train: Word | None = None
     train_split: Word | None = None
     train_limit: AtLeastOne | None = None
@@ -92,8 +98,17 @@ class DataTable(Table):
     image: Word = "image"
     label: Word = "label"
     labels: list[str] | None = None
+    prompt: Word = "prompt"
+    completion: Word = "completion"
+    messages: Word = "messages"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_length: AtLeastOne = 128
     transform: Word | None = None
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the task is to tell classes apart."""
+        return self.task.endswith("classification")
 
 
 class PartitionTable(Table):

@@ -28,7 +28,8 @@ __all__ = ["Address", "write_deployment"]
 
 _ARCHITECTURE = "architecture"
 _CONTAINERS = ("Dockerfile", "compose.yaml")
-_DATA = ("task", "text", "text_pair", "image", "label", "labels", "max_length", "transform")
+_DATA = ("task", "text", "text_pair", "image", "label", "labels", "max_length",
+         "transform", "prompt", "completion", "messages", "label_smoothing")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _save_architecture(config: Config, model: nn.Module, folder: Path) -> None:
     """The model's configuration and tokenizer: no weights."""
     with quiet_transformers():
         model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
-    if config.data.task.startswith("text"):
+    if config.data.task != "image-classification":
         load_tokenizer(tokenizer_name(config), config.path.parent).save_pretrained(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -128,12 +129,19 @@ class ConsoleProgress(Observer):
         self._console.print(Text(line, style=style), soft_wrap=True)
 
 
+def _reached(measures: Mapping[str, float]) -> str:
+    """What a model reached: of a language model its loss, of others their accuracy."""
+    if "perplexity" in measures:
+        return f"loss {measures['loss']:.3f}"
+    return human_percent(measures["accuracy"], sign=True)
+
+
 def _line(record: RoundRecord, rounds: int) -> str:
     used = len(record.bytes_down) - len(record.failed)
     parts = [f"{used} of {len(record.bytes_down)} clients"]
     for view, name in (("global", "global model"), ("proxy_after", "trained proxy")):
         if view in record.measures:
-            parts.append(f"{name} {human_percent(record.measures[view]['accuracy'], sign=True)}")
+            parts.append(f"{name} {_reached(record.measures[view])}")
     for way, sizes in (("down", record.bytes_down), ("up", record.bytes_up)):
         parts.append(f"{human_bytes(sum(sizes.values()))} {way}")
     if record.exposed and record.exposed_together is not None:

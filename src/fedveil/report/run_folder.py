@@ -82,8 +82,12 @@ class RunFolder:
 
     @property
     def metric(self) -> str:
-        """Which measure attacks are compared by; accuracy where nothing was audited."""
-        return self.audit.metric if self.audit else "accuracy"
+        """Which measure attacks are compared by; accuracy, or the loss of a language model,
+        where nothing was audited."""
+        if self.audit:
+            return self.audit.metric
+        measures = self.records[-1].measures.get("global", {}) if self.records else {}
+        return "loss" if "perplexity" in measures else "accuracy"
 
     @cached_property
     def exposure(self) -> Mapping[str, ClientExposure]:

@@ -6,17 +6,20 @@ they can do (duck typing), so any that behave alike will work.
 
 from fedveil.training.evaluation import evaluate
 from fedveil.training.images import ImageClassification
+from fedveil.training.language import CausalLM, Seq2Seq
 from fedveil.training.settings import Training
 from fedveil.training.tasks import Dataset, Measure, Prepared, Task
 from fedveil.training.text import TextClassification
 from fedveil.training.trainer import LocalRun, Trainer, TrainingRecord
 
 __all__ = [
+    "CausalLM",
     "Dataset",
     "ImageClassification",
     "LocalRun",
     "Measure",
     "Prepared",
+    "Seq2Seq",
     "Task",
     "TextClassification",
     "Trainer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -25,7 +27,8 @@ def evaluate(
         batch_size: Examples at a time; the result depends on it only through rounding.
 
     Returns:
-        "accuracy" in percent and "loss", the mean in nats.
+        "accuracy" in percent and "loss", the mean in nats; of language models both per answer
+        token, and "perplexity", e to the loss.
 
     Raises:
         DataError: The data cannot be used.
@@ -43,10 +46,14 @@ def evaluate(
             batch = task.collate(prepared.select(order[start : start + batch_size]))
             measures.append(task.measure(model, to_device(batch, device)))
     count = sum(measure.examples for measure in measures)
-    return {
+    found = {
         "accuracy": 100 * sum(measure.correct for measure in measures) / count,
         "loss": sum(measure.loss for measure in measures) / count,
     }
+    if getattr(task, "metric", "accuracy") == "loss":
+        # Beyond e to the 700 there is no such number; a model that bad is no model.
+        found["perplexity"] = math.exp(min(found["loss"], 700.0))
+    return found
 
 
 def _by_length(prepared: Prepared) -> list[int]:

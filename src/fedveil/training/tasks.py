@@ -169,6 +169,15 @@ def column(data: Dataset, name: str) -> Iterator[Any]:
     return (_cell(data[row], name, row) for row in range(len(data)))
 
 
+def column_names(data: Dataset) -> list[str]:
+    """Names of a data set's columns; those of its first row, if it has rows alone."""
+    names = getattr(data, "column_names", None)
+    if names is not None:
+        return list(names)
+    first = data[0] if len(data) else {}
+    return [str(name) for name in first] if isinstance(first, Mapping) else []
+
+
 def missing_column(name: str, found: Sequence[str], row: int | None = None) -> DataError:
     """The error for a data set, or one row of it, that lacks a column."""
     return DataError(

@@ -1,0 +1,309 @@
+"""Language modelling: answers to prompts, with Hugging Face tokenizers and models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from fedveil.errors import ConfigurationError, DataError
+from fedveil.training.tasks import Batch, Dataset, Measure, Prepared, column, column_names
+
+__all__ = ["CausalLM", "Seq2Seq"]
+
+IGNORED = -100
+"""The label of a token that is not learned, as everywhere in transformers."""
+
+
+class LanguageModelling:
+    """What causal and sequence-to-sequence models share: prompts, completions, token losses.
+
+    Rows are in one of TRL's formats, told apart by their columns:
+
+    - ``prompt`` and ``completion``: two strings, or two lists of messages;
+    - ``messages``: a conversation, whose last message is the answer;
+    - ``text`` (causal models only): all of it is learned.
+
+    Messages (``role`` and ``content``) are written by the tokenizer's chat template. Only the
+    answer counts, with its end token; what is beyond ``max_length`` is cut off on the right.
+
+    Args:
+        tokenizer: One of transformers, with a padding token.
+        max_length: Tokens per row, prompt and answer together (for sequence-to-sequence models: of
+            each).
+        label_smoothing: Share of the target that is spread over all tokens, in training only.
+        prompt: The column of prompts.
+        completion: The column of answers.
+        messages: The column of conversations.
+        text: The column of plain texts.
+
+    Raises:
+        ConfigurationError: The tokenizer has no padding token, or a number is impossible.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str] = "loss"
+    plain: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int = 512,
+        label_smoothing: float = 0.0,
+        prompt: str = "prompt",
+        completion: str = "completion",
+        messages: str = "messages",
+        text: str = "text",
+    ) -> None:
+        if getattr(tokenizer, "pad_token_id", None) is None:
+            raise ConfigurationError(
+                "the tokenizer has no padding token, so texts cannot share a batch",
+                where=type(self).__name__,
+                fix="Set tokenizer.pad_token = tokenizer.eos_token.",
+            )
+        if type(max_length) is not int or max_length < 2:
+            raise ConfigurationError(
+                "max_length is impossible", expected="at least 2", found=repr(max_length)
+            )
+        if not 0 <= label_smoothing < 1:
+            raise ConfigurationError(
+                "label_smoothing is impossible",
+                expected="from 0 to below 1",
+                found=repr(label_smoothing),
+            )
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.label_smoothing = label_smoothing
+        self.prompt, self.completion = prompt, completion
+        self.messages, self.text = messages, text
+
+    def validate(self, data: Dataset) -> None:
+        """Check every row, and that each has an answer.
+
+        Raises:
+            DataError: Naming the row and what is wrong with it.
+        """
+        self.prepare(data)
+
+    def prepare(self, data: Dataset | Prepared) -> Prepared:
+        """Check and tokenise all rows: "input_ids" and "labels" of each.
+
+        Raises:
+            DataError: Naming the row and what is wrong with it.
+        """
+        if isinstance(data, Prepared):
+            return data
+        rows = [
+            self._encoded(number, prompt, answer)
+            for number, (prompt, answer) in enumerate(self._pairs(data))
+        ]
+        return Prepared(rows, lengths=[len(row["input_ids"]) for row in rows])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross entropy per answer token, in nats, computed in float32."""
+        logits, targets = self.answers(model, batch)
+        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+
+    def measure(self, model: nn.Module, batch: Batch) -> Measure:
+        """Summed cross entropy of answer tokens in nats, how many there are, and how many are the
+        model's first choice."""
+        logits, targets = self.answers(model, batch)
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        correct = (logits.argmax(dim=-1) == targets).sum()
+        return Measure(len(targets), float(loss), int(correct))
+
+    def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scores of a batch's answer tokens, float32 [tokens, V], and the tokens themselves."""
+        raise NotImplementedError
+
+    def _encoded(self, number: int, prompt: Any, answer: Any) -> dict[str, list[int]]:
+        raise NotImplementedError
+
+    def _pairs(self, data: Dataset) -> list[tuple[Any, Any]]:
+        """Prompt and answer of each row; of plain texts the prompt is empty."""
+        names = column_names(data)
+        if self.messages in names:
+            return [self._split(row, m) for row, m in enumerate(column(data, self.messages))]
+        if self.prompt in names or self.completion in names or not self.plain:
+            prompts = list(column(data, self.prompt))
+            return list(zip(prompts, column(data, self.completion), strict=True))
+        return [("", text) for text in column(data, self.text)]  # says if there is none
+
+    def _split(self, row: int, messages: Any) -> tuple[Any, Any]:
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or len(messages) < 2:
+            raise _bad_row(
+                row, "has no conversation", "at least two messages", messages, self.messages
+            )
+        if _role(messages[-1]) != "assistant":
+            raise _bad_row(
+                row, "does not end with an answer", 'a last message of role "assistant"',
+                _role(messages[-1]), self.messages,
+            )  # fmt: skip
+        return list(messages[:-1]), list(messages[-1:])
+
+    def _tokens(self, row: int, prompt: Any, answer: Any) -> tuple[list[int], list[int]]:
+        """Tokens of prompt and answer, the latter with what ends it."""
+        if _are_messages(prompt) and _are_messages(answer):
+            return self._chat(row, list(prompt), list(answer))
+        for value, where in ((prompt, self.prompt), (answer, self.completion)):
+            if not isinstance(value, str):
+                raise _bad_row(row, "holds no text", "a string", type(value).__name__, where)
+        before = self._beginning(prompt)
+        after = self.tokenizer(answer, add_special_tokens=False).input_ids
+        if not after:
+            raise _bad_row(row, "has an empty answer", "some text", repr(answer), self.completion)
+        end = self.tokenizer.eos_token_id
+        return before, list(after) + ([] if end is None else [end])
+
+    def _chat(self, row: int, prompt: list[Any], answer: list[Any]) -> tuple[list[int], list[int]]:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise DataError(
+                "the tokenizer has no chat template, so messages cannot be written",
+                where=f"row {row}",
+                fix="Set tokenizer.chat_template, or give prompts and completions as text.",
+            )
+        if not any(str(_content(message)).strip() for message in answer):
+            raise _bad_row(row, "has an empty answer", "some text", repr(answer), self.messages)
+        before = self._template(prompt, add_generation_prompt=True)
+        whole = self._template(prompt + answer)
+        if whole[: len(before)] != before:
+            raise DataError(
+                "the chat template writes a prompt otherwise when an answer follows",
+                where=f"row {row}",
+                fix="Use a template that only adds to what came before.",
+            )
+        return before, whole[len(before) :]
+
+    def _template(self, messages: list[Any], **settings: bool) -> list[int]:
+        found = self.tokenizer.apply_chat_template(messages, tokenize=True, **settings)
+        return list(found["input_ids"] if isinstance(found, Mapping) else found)
+
+    def _beginning(self, prompt: str) -> list[int]:
+        """The tokens before an answer; at least one, if the tokenizer has any that could be it."""
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if not prompt:
+            return [token for token in (begin, end) if token is not None][:1]
+        tokens = list(self.tokenizer(prompt).input_ids)
+        # Some tokenizers end whatever they encode.
+        return tokens[:-1] if end is not None and tokens[-1:] == [end] else tokens
+
+    def _padded(self, rows: Sequence[Mapping[str, Any]], name: str, value: int) -> Tensor:
+        columns = [torch.tensor(row[name], dtype=torch.int64) for row in rows]
+        return pad_sequence(columns, batch_first=True, padding_value=value)
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """Tokens padded on the right to the longest row: "input_ids", "attention_mask", "labels".
+
+        Each is [B, L]; labels of sequence-to-sequence models have a length of their own.
+        """
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        ids = self._padded(rows, "input_ids", int(self.tokenizer.pad_token_id))
+        return {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).to(torch.int64),
+            "labels": self._padded(rows, "labels", IGNORED),
+        }
+
+
+class CausalLM(LanguageModelling):
+    """Continue a prompt: GPT-2, Llama, Qwen, Mistral and their kin. See the class above."""
+
+    name = "causal-lm"
+    plain = True
+
+    def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See :class:`LanguageModelling`: each token is predicted from those before it."""
+        _check_length(model, batch["input_ids"].shape[1])
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        targets = batch["labels"][:, 1:]
+        learned = targets != IGNORED
+        # Of all logits only those that count are turned to float32: there are many.
+        return logits[:, :-1][learned].float(), targets[learned]
+
+    def _encoded(self, number: int, prompt: Any, answer: Any) -> dict[str, list[int]]:
+        before, after = self._tokens(number, prompt, answer)
+        if len(before) >= self.max_length:
+            raise _too_long(number, len(before), self.max_length)
+        ids = (before + after)[: self.max_length]
+        labels = [IGNORED] * len(before) + after
+        return {"input_ids": ids, "labels": labels[: self.max_length]}
+
+
+class Seq2Seq(LanguageModelling):
+    """Turn a prompt into another text: T5 and its kin. See the class above."""
+
+    name = "seq2seq"
+
+    def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See :class:`LanguageModelling`."""
+        _check_length(model, max(batch["input_ids"].shape[1], batch["labels"].shape[1]))
+        labels = batch["labels"]
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+            decoder_input_ids=_shifted(model, labels),
+        ).logits  # fmt: skip
+        learned = labels != IGNORED
+        return logits[learned].float(), labels[learned]
+
+    def _encoded(self, number: int, prompt: Any, answer: Any) -> dict[str, list[int]]:
+        before, after = self._tokens(number, prompt, answer)
+        end = self.tokenizer.eos_token_id
+        source = before + ([] if end is None else [end])
+        return {"input_ids": source[: self.max_length], "labels": after[: self.max_length]}
+
+
+def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
+    """What the decoder reads: the answer one place later, after its start token."""
+    config: Any = model.config
+    start, pad = config.decoder_start_token_id, config.pad_token_id
+    if start is None:
+        raise ConfigurationError(
+            "The model does not say what its decoder starts with",
+            expected="decoder_start_token_id in its config",
+            found="none",
+        )
+    before = torch.full_like(labels[:, :1], start)
+    shifted = torch.cat([before, labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORED, start if pad is None else pad)
+
+
+def _check_length(model: nn.Module, length: int) -> None:
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise DataError(
+            "a text is longer than the model can read",
+            expected=f"at most {longest} tokens",
+            found=str(length),
+            fix="Lower max_length of the task.",
+        )
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None
+
+
+def _content(message: Any) -> Any:
+    return message.get("content") if isinstance(message, Mapping) else None
+
+
+def _bad_row(row: int, problem: str, expected: str, found: Any, name: str) -> DataError:
+    return DataError(
+        f"row {row} {problem}", expected=expected, found=str(found)[:60], where=f'column "{name}"'
+    )
+
+
+def _too_long(row: int, length: int, most: int) -> DataError:
+    return DataError(
+        f"row {row} has a prompt that leaves no room for its answer",
+        expected=f"a prompt of fewer than {most} tokens",
+        found=str(length),
+        fix="Raise max_length, or shorten the prompt.",
+    )

@@ -1,0 +1,85 @@
+"""Language models from a file: loaded, trained, saved, and loaded again as ordinary models."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from fedveil.config import build, load_config, save_model
+from fedveil.data import minilm_folder
+from fedveil.errors import ConfigurationError, DataError
+from fedveil.training import evaluate
+
+FILE = """
+[model]
+name = "model"
+[data]
+task = "{task}"
+train = "train.jsonl"
+test = "test.jsonl"
+max_length = 24
+label_smoothing = 0.1
+[partition]
+clients = 2
+[training]
+steps = 2
+batch_size = 2
+[federation]
+rounds = 1
+"""
+KINDS = {
+    "causal-lm": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32),
+    ),
+    "seq2seq": (
+        transformers.T5ForConditionalGeneration,
+        transformers.T5Config(
+            d_model=32, d_ff=64, d_kv=16, num_layers=2, num_heads=2, decoder_start_token_id=0
+        ),
+    ),
+}
+
+
+def write(folder, task):
+    torch.manual_seed(0)
+    kind, config = KINDS[task]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
+    tokenizer.eos_token = "[SEP]"
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id = tokenizer.pad_token_id
+    kind(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, count in (("train", 8), ("test", 3)):
+        rows = [{"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))}
+                for n in range(1, count + 1)]  # fmt: skip
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    (folder / "federation.toml").write_text(FILE.format(task=task))
+    return folder / "federation.toml"
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_what_is_saved_measures_as_what_was_trained(task, tmp_path):
+    config = load_config(write(tmp_path, task))
+    federation = build(config)
+    result = federation.run(1)
+    saved = KINDS[task][0].from_pretrained(save_model(config, result.global_model))
+    found = evaluate(saved, federation._task, federation._test)
+    assert found == result.rounds[0].measures["global"]
+    assert found["perplexity"] > 1
+
+
+def test_texts_longer_than_the_model_are_refused(tmp_path):
+    file = write(tmp_path, "causal-lm")
+    file.write_text(file.read_text().replace("max_length = 24", "max_length = 33"))
+    with pytest.raises(ConfigurationError, match=r"longer than the model.*32"):
+        build(load_config(file))
+
+
+def test_a_missing_column_names_the_client(tmp_path):
+    file = write(tmp_path, "causal-lm")
+    file.write_text(file.read_text().replace("max_length", 'completion = "answer"\nmax_length'))
+    with pytest.raises(DataError, match="no column 'answer'"):
+        build(load_config(file))

@@ -1,0 +1,178 @@
+"""Prompts and answers: what is learned of them, and by which loss."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import transformers
+
+import toys
+from fedveil import ConfigurationError, DataError, FedAvg
+from fedveil.data import minilm_folder
+from fedveil.training import CausalLM, Seq2Seq, Trainer, Training, evaluate
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"  # noqa: E501
+ROWS = [
+    {"prompt": "the capital of france is", "completion": "paris"},
+    {"prompt": "one two three four", "completion": "five six seven"},
+]
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "name a city"},
+        {"role": "assistant", "content": "rome"},
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A real one, whose prompts begin with [CLS]; [SEP] ends answers."""
+    found = transformers.AutoTokenizer.from_pretrained(minilm_folder())
+    found.eos_token = "[SEP]"
+    return found
+
+
+@pytest.fixture(scope="module")
+def gpt2(tokenizer):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def t5(tokenizer):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_ff=64, d_kv=16, num_layers=2, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+class TestWhatIsLearned:
+    def test_is_the_answer_and_its_end(self, tokenizer):
+        task = CausalLM(tokenizer)
+        row = task.prepare(ROWS).rows[1]
+        learned = [token for token in row["labels"] if token >= 0]
+        assert tokenizer.decode(learned) == "five six seven [SEP]"
+        assert tokenizer.decode(row["input_ids"]) == "[CLS] one two three four five six seven [SEP]"
+        assert len(row["labels"]) == len(row["input_ids"])
+
+    def test_of_a_plain_text_is_all_of_it(self, tokenizer):
+        row = CausalLM(tokenizer).prepare([{"text": "five six"}]).rows[0]
+        assert tokenizer.decode([t for t in row["labels"] if t >= 0]) == "five six [SEP]"
+        assert row["labels"][0] == -100  # something comes before the first token
+
+    def test_of_a_conversation_is_its_last_message(self, tokenizer):
+        chat = copy.deepcopy(tokenizer)
+        chat.chat_template = TEMPLATE
+        for row in (CHAT, {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}):
+            found = CausalLM(chat).prepare([row]).rows[0]
+            assert chat.decode([t for t in found["labels"] if t >= 0]).strip() == "rome"
+            assert "< user > name a city < assistant >" in chat.decode(found["input_ids"])
+
+    def test_is_cut_off_on_the_right(self, tokenizer):
+        row = CausalLM(tokenizer, max_length=7).prepare([ROWS[1]]).rows[0]
+        assert tokenizer.decode(row["input_ids"]) == "[CLS] one two three four five six"
+
+    def test_of_sequence_to_sequence_is_the_target(self, tokenizer):
+        row = Seq2Seq(tokenizer).prepare(ROWS).rows[1]
+        assert tokenizer.decode(row["input_ids"]) == "[CLS] one two three four [SEP]"
+        assert tokenizer.decode(row["labels"]) == "five six seven [SEP]"
+
+
+class TestTheLoss:
+    def test_is_that_of_transformers(self, tokenizer, gpt2):
+        task = CausalLM(tokenizer)
+        batch = task.collate(task.prepare(ROWS).rows)
+        with torch.no_grad():
+            expected = gpt2(**batch).loss
+            assert torch.allclose(task.loss(gpt2, batch), expected, atol=1e-6)
+
+    def test_is_that_of_transformers_for_t5(self, tokenizer, t5):
+        task = Seq2Seq(tokenizer)
+        batch = task.collate(task.prepare(ROWS).rows)
+        with torch.no_grad():
+            assert torch.allclose(task.loss(t5, batch), t5(**batch).loss, atol=1e-6)
+
+    def test_does_not_depend_on_padding(self, tokenizer, gpt2):
+        task = CausalLM(tokenizer)
+        rows = task.prepare(ROWS).rows
+        with torch.no_grad():
+            together = task.measure(gpt2, task.collate(rows))
+            alone = [task.measure(gpt2, task.collate([row])) for row in rows]
+        assert together.examples == sum(m.examples for m in alone) == 2 + 4
+        assert together.loss == pytest.approx(sum(m.loss for m in alone), rel=1e-5)
+
+    def test_is_smoothed_in_training_only(self, tokenizer, gpt2):
+        plain, smooth = CausalLM(tokenizer), CausalLM(tokenizer, label_smoothing=0.1)
+        batch = plain.collate(plain.prepare(ROWS).rows)
+        with torch.no_grad():
+            assert smooth.loss(gpt2, batch) != plain.loss(gpt2, batch)
+            assert smooth.measure(gpt2, batch) == plain.measure(gpt2, batch)
+
+    def test_comes_with_a_perplexity(self, tokenizer, gpt2):
+        found = evaluate(gpt2, CausalLM(tokenizer), ROWS)
+        assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+        assert found["loss"] == pytest.approx(math.log(len(tokenizer)), abs=0.5)
+
+    @pytest.mark.parametrize("kind", [CausalLM, Seq2Seq])
+    def test_falls_in_training(self, kind, tokenizer, gpt2, t5):
+        model = copy.deepcopy(gpt2 if kind is CausalLM else t5)
+        task = kind(tokenizer)
+        before = evaluate(model, task, ROWS)["loss"]
+        settings = Training(steps=15, batch_size=2, learning_rate=1e-2, schedule="constant")
+        Trainer(task, ROWS, settings).train(model, seed=0)
+        assert evaluate(model, task, ROWS)["loss"] < before / 2
+
+
+def test_tasks_can_be_sent_to_processes(tokenizer):
+    task = pickle.loads(pickle.dumps(CausalLM(tokenizer)))
+    assert task.prepare(ROWS).rows == CausalLM(tokenizer).prepare(ROWS).rows
+
+
+def test_a_federation_of_language_models(tokenizer, gpt2):
+    clients = {"a": ROWS, "b": ROWS[::-1]}
+    run = toys.federation(
+        gpt2, clients=clients, task=CausalLM(tokenizer), scheme=FedAvg(), test=ROWS
+    )
+    assert "perplexity" in run.run(1).rounds[0].measures["global"]
+
+
+BAD = {
+    "no column 'completion'": [{"prompt": "a"}],
+    "has an empty answer": [{"prompt": "a", "completion": ""}],
+    "holds no text": [{"prompt": 3, "completion": "a"}],
+    "does not end with an answer": [{"messages": CHAT["messages"][:1] * 2}],
+    "has no conversation": [{"messages": "hello"}],
+    "no chat template": [CHAT],
+    "leaves no room": [{"prompt": "one two three four five", "completion": "six"}],
+    "is empty": [],
+}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("problem", BAD)
+    def test_is_named(self, problem, tokenizer):
+        with pytest.raises(DataError, match=problem):
+            CausalLM(tokenizer, max_length=6).prepare(BAD[problem])
+
+    def test_a_text_longer_than_the_model_reads(self, tokenizer, gpt2):
+        rows = [{"text": "one " * 100}]
+        with pytest.raises(DataError, match=r"longer than the model.*64"):
+            evaluate(gpt2, CausalLM(tokenizer), rows)
+
+    def test_a_tokenizer_without_padding(self, tokenizer):
+        bare = copy.deepcopy(tokenizer)
+        bare.pad_token = None
+        with pytest.raises(ConfigurationError, match="no padding token"):
+            CausalLM(bare)
+
+    @pytest.mark.parametrize("words", [{"max_length": 1}, {"label_smoothing": 1.0}])
+    def test_an_impossible_number(self, words, tokenizer):
+        with pytest.raises(ConfigurationError, match=next(iter(words))):
+            CausalLM(tokenizer, **words)
