@@ -134,7 +134,7 @@ def a_save(millions: int, folder: Path) -> int:
 def a_resume(millions: int, folder: Path) -> int:
     """A checkpoint read back into a server's working copy."""
     model = llama(millions)
-    server = GlobalModel(model)
+    server = GlobalModel(read_state(model))
     size = fp32_bytes(model)
     _save(read_state(model), folder)
     del model

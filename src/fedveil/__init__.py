@@ -19,7 +19,7 @@ from fedveil.errors import (
 )
 from fedveil.federation import Federation, Result
 from fedveil.merging import MergeStatistics, merge, statistics_of
-from fedveil.schemes import FedAvg, FedQSN, Scheme
+from fedveil.schemes import FedAvg, FedLPP, FedQSN, Scheme
 from fedveil.secret import Secret
 from fedveil.training import (
     CausalLM,
@@ -38,6 +38,7 @@ __all__ = [
     "DataError",
     "Evaluation",
     "FedAvg",
+    "FedLPP",
     "FedQSN",
     "Federation",
     "FedveilError",

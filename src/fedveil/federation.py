@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedveil.audit import Manifest, Stage
 from fedveil.engine import Evaluation, Observer, RoundRecord, Rounds
@@ -44,7 +44,8 @@ class Result:
             Face model: ``result.global_model.save_pretrained("tuned")``.
         rounds: A record of every round; the same lines are in ``metrics.jsonl``.
         base: What the model reached on the owner's test set before round 1; None if not measured.
-        parameters_bytes: Bytes of the model in float32: what one fp32 release would take.
+        parameters_bytes: Bytes in float32 of what the scheme releases: what one fp32 release would
+            take.
     """
 
     global_model: nn.Module
@@ -229,8 +230,9 @@ class Federation:
         configuration = self.configuration()
         server = self.scheme.server(self._model, self._secret)
         # What measures takes memory only if there is something to measure it on.
-        measured = architecture_of(self._model, None if self._test is not None else "meta")
-        manifest = Manifest.of(self._model, server.groups, configuration, self.config_file)
+        measured = self._architecture(None if self._test is not None else "meta")
+        own = self.scheme.tensors(self._model)
+        manifest = Manifest.of(own, server.groups, configuration, self.config_file)
         engine = Rounds(
             server=server,
             crew=self._in_process if crew is None else lambda _: nullcontext(crew),
@@ -262,7 +264,7 @@ class Federation:
         final = server.final()
         del engine, measured, server  # the result needs room
         model = with_state(self._model, final)
-        return Result(model, records, base, _fp32_bytes(model))
+        return Result(model, records, base, _fp32_bytes(own))
 
     @property
     def model(self) -> nn.Module:
@@ -297,7 +299,7 @@ class Federation:
         if "server_model" in server.views:
             models["server_model"] = server.view("server_model")
         return Stage(
-            architecture_of(self._model),
+            self._architecture(),
             self._task,
             self._test,
             self.training,
@@ -338,10 +340,14 @@ class Federation:
     def _in_process(self, memories: ClientFiles | None) -> AbstractContextManager[Crew]:
         return workers(replace(self.workplace(), memories=memories), self._workers)
 
+    def _architecture(self, device: str | None = None) -> nn.Module:
+        """What everybody has of the model: all but the values of what the scheme releases."""
+        return architecture_of(self._model, device, zero=self.scheme.tensors(self._model))
+
     def workplace(self) -> Workplace:
         """What clients have, for who does their part: no weights, no secret."""
-        architecture = architecture_of(self._model)
-        return Workplace(architecture, self.scheme.client(), self._task, self._trainers, self._test)
+        side = self.scheme.client()
+        return Workplace(self._architecture(), side, self._task, self._trainers, self._test)
 
 
 def _name_clients(clients: Mapping[str, Rows] | Sequence[Rows]) -> dict[str, Rows]:
@@ -421,8 +427,8 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _fp32_bytes(model: nn.Module) -> int:
-    return 4 * sum(t.numel() for t in read_state(model).values() if t.is_floating_point())
+def _fp32_bytes(state: Mapping[str, Tensor]) -> int:
+    return 4 * sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point())
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,11 @@ def wipe(model: nn.Module) -> None:
         tensor.zero_()
 
 
-def architecture_of(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+def architecture_of(
+    model: nn.Module,
+    device: torch.device | str | None = None,
+    zero: Collection[str] | None = None,
+) -> nn.Module:
     """A model of the same architecture whose parameters and persistent buffers are zero.
 
     The model's weights are never copied on the way. Ties stay ties; buffers that are not saved,
@@ -89,8 +93,16 @@ def architecture_of(model: nn.Module, device: torch.device | str | None = None) 
         model: Perhaps on the meta device itself: its tensors have no data then.
         device: Where the zeros are: the meta device for a model that takes no memory; each tensor's
             own by default.
+        zero: Names of those tensors that are zero, as :func:`read_state` has them, if others are
+            public and copied.
     """
-    return _rebuilt(model, lambda _, t: torch.zeros_like(t, device=device or t.device))
+
+    def make(name: str, tensor: Tensor) -> Tensor:
+        if zero is None or name in zero:
+            return torch.zeros_like(tensor, device=device or tensor.device)
+        return tensor.to(device or tensor.device, copy=True)
+
+    return _rebuilt(model, make)
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -102,10 +114,13 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A model of the same architecture around other tensors, named as :func:`read_state` does.
 
     It takes over every tensor that has the device, dtype and layout of the model's own, so that
-    only the others are copied: whoever hands ``state`` in gives it away.
+    only the others are copied: whoever hands ``state`` in gives it away. What ``state`` lacks is
+    copied from the model.
     """
 
     def take(name: str, own: Tensor) -> Tensor:
+        if name not in state:
+            return own.clone()
         given = state[name].detach()
         if given.stride() == own.stride() and given.shape == own.shape:
             return given.to(own.device, own.dtype)

@@ -11,6 +11,7 @@ from torch import nn
 import toys
 from fedveil.audit import Evidence, Manifest
 from fedveil.quantization import quantize
+from fedveil.state import read_state
 from fedveil.wire import Dense, Message, UnitIndex
 
 WIDTH = 256
@@ -42,7 +43,7 @@ class Recorded:
         self.truth = {}
         configuration = {"scheme": {"name": scheme.name, **vars(scheme)}}
         configuration["scheme"].pop("aggregation", None)
-        Manifest.of(self.model, self.server.groups, configuration).write(self.folder)
+        Manifest.of(read_state(self.model), self.server.groups, configuration).write(self.folder)
 
     def play(self, rounds=3, clients=CLIENTS):
         for number in range(1, rounds + 1):

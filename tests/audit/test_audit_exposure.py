@@ -12,6 +12,7 @@ import toys
 from fedveil.audit import Evidence, Exposure, Manifest, Proxy
 from fedveil.errors import CheckpointError, ConfigurationError, ExposureError
 from fedveil.schemes import FedAvg, FedQSN
+from fedveil.state import read_state
 from fedveil.wire import Message
 
 NAMES = ("a", "b", "c")
@@ -21,7 +22,7 @@ POLICIES = ("fresh", "sticky", "grouped")
 def server_of(scheme, model=None):
     model = model or toys.gpt2()
     server = scheme.server(model, toys.SECRET)
-    return server, Manifest.of(model, server.groups, {})
+    return server, Manifest.of(read_state(model), server.groups, {})
 
 
 def sent(server, number, client):

@@ -14,6 +14,7 @@ from fedveil.audit import Manifest
 from fedveil.audit.tracing import fit, read_model
 from fedveil.errors import AuditError, FedveilError
 from fedveil.shards import save_shards
+from fedveil.state import read_state
 from fedveil.units import find_units
 
 
@@ -25,7 +26,7 @@ def state():
 @pytest.fixture
 def manifest():
     model = toys.bert()
-    return Manifest.of(model, tuple(find_units(model, "neurons")), {})
+    return Manifest.of(read_state(model), tuple(find_units(model, "neurons")), {})
 
 
 class Bomb:

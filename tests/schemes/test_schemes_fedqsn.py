@@ -42,9 +42,9 @@ def test_an_unknown_choice_of_units_is_refused_before_the_first_round():
 
 
 def test_schemes_are_known_by_name():
-    assert {"fedavg", "fedqsn"} <= set(scheme_names())
+    assert {"fedavg", "fedlpp", "fedqsn"} <= set(scheme_names())
     assert scheme_class("fedqsn") is FedQSN
-    with pytest.raises(ConfigurationError, match="fedavg or fedqsn"):
+    with pytest.raises(ConfigurationError, match="fedavg or fedlpp or fedqsn"):
         scheme_class("fedsgd")
 
 

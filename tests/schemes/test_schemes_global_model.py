@@ -16,7 +16,7 @@ def test_tensors_are_taken_over_from_their_files_into_memory_that_is_there(
     tmp_path, build, shard_bytes
 ):
     save_shards(read_state(build(1)), tmp_path / "saved", shard_bytes=shard_bytes)
-    server = GlobalModel(build(2))
+    server = GlobalModel(weights(build(2)))
     places = {name: tensor.data_ptr() for name, tensor in server.tensors.items()}
     server.restore(open_shards(tmp_path / "saved"))
     assert same(server.tensors, weights(build(1)))
@@ -24,7 +24,7 @@ def test_tensors_are_taken_over_from_their_files_into_memory_that_is_there(
 
 
 def test_half_precision_models_go_on_in_float32(tmp_path):
-    server, other = GlobalModel(mlp().half()), GlobalModel(mlp(1).half())
+    server, other = GlobalModel(weights(mlp().half())), GlobalModel(weights(mlp(1).half()))
     save_shards(other.tensors, tmp_path / "saved")
     server.restore(open_shards(tmp_path / "saved"))
     assert same(server.tensors, other.tensors)
@@ -40,7 +40,7 @@ def test_half_precision_models_go_on_in_float32(tmp_path):
     ],
 )
 def test_tensors_of_another_model_are_refused_and_change_nothing(change, message):
-    server, tensors = GlobalModel(mlp()), weights(mlp(1))
+    server, tensors = GlobalModel(weights(mlp())), weights(mlp(1))
     before = snapshot(server.tensors)
     change(tensors)
     with pytest.raises(CheckpointError, match=message):

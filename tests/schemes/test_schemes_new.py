@@ -32,7 +32,7 @@ class SignSGD(Scheme):
 
 class SignServer:
     def __init__(self, scheme, model):
-        self._scheme, self._global = scheme, GlobalModel(model)
+        self._scheme, self._global = scheme, GlobalModel(scheme.tensors(model))
         self._ledger = RoundLedger[bool](scheme.name)
         self._votes = {}
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from fedveil.errors import CheckpointError
 from fedveil.files import read_record, write_whole
-from fedveil.state import read_state
 from fedveil.units import Slice, UnitGroup
 
 __all__ = ["Manifest", "TensorInfo"]
@@ -67,15 +66,15 @@ class Manifest:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
+        state: Mapping[str, Tensor],
         groups: tuple[UnitGroup, ...],
         configuration: Mapping[str, Any],
         config_file: Path | None = None,
     ) -> Manifest:
-        """The manifest of a run that is about to begin."""
+        """The manifest of a run that is about to begin, with what it releases and trains."""
         tensors = {
             name: TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            for name, tensor in read_state(model).items()
+            for name, tensor in state.items()
         }
         return cls(configuration, tensors, groups, str(config_file) if config_file else None)
 

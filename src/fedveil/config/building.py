@@ -89,12 +89,15 @@ def build_workplace(config: Config) -> Workplace:
             where=str(config.path),
         )
     rows, folder = load_rows(config), config.path.parent
-    model = load_model(config.model, config.data.task, rows.names, folder, seed=0, weights=False)
+    # Weights are read only where clients hold them, too.
+    hold = config.scheme.clients_hold_rest
+    model = load_model(config.model, config.data.task, rows.names, folder, seed=0, weights=hold)
     task, name = _task(config, model, len(rows.names)), config.partner.name
     side = config.scheme.client()
     memories = ClientFiles(config.resolve(config.partner.memory)) if side.remembers else None
     trainer = Trainer(task, task.prepare(rows.clients[name]), config.training)
-    return Workplace(architecture_of(model), side, task, {name: trainer}, None, memories)
+    bare = architecture_of(model, zero=config.scheme.tensors(model))
+    return Workplace(bare, side, task, {name: trainer}, None, memories)
 
 
 def open_secret(config: Config) -> Secret:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,11 @@ __all__ = [
     "quiet_transformers",
 ]
 
+_PEFT_TASKS = {
+    "text-classification": "SEQ_CLS",
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+}
 _CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
@@ -70,7 +75,34 @@ def load_model(
             model = _call(find_function(table.name, folder), table.name, classes or None)
             return model.to(getattr(torch, table.dtype))
         place = place_of(table.name, folder)
-        return _load_pretrained(table, task, names, classes, place, weights)
+        model = _load_pretrained(table, task, names, classes, place, weights)
+        return model if table.lora is None else add_adapter(model, task, table.lora)
+
+
+def add_adapter(model: nn.Module, task: str, settings: Mapping[str, Any]) -> nn.Module:
+    """A model with a LoRA adapter, which alone requires gradients.
+
+    Args:
+        model: The backbone, which is frozen.
+        task: What it is trained for: tells PEFT what is trained whole, such as a new head.
+        settings: Of ``peft.LoraConfig``, in its own words.
+
+    Raises:
+        ConfigurationError: PEFT does not know a setting, or nothing in the model fits.
+    """
+    peft = library("peft")
+    try:
+        config = peft.LoraConfig(task_type=_PEFT_TASKS.get(task), **settings)
+        adapted: nn.Module = peft.get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            "The adapter cannot be added",
+            found=str(error).split("\n", maxsplit=1)[0][:200],
+            where="[model.lora]",
+            fix="Its keys are the arguments of peft.LoraConfig; target_modules name layers of this "
+            "model.",
+        ) from error
+    return adapted
 
 
 def load_tokenizer(name: str, folder: Path) -> Any:

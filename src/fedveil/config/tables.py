@@ -49,6 +49,7 @@ class ModelTable(Table):
         tokenizer: A folder or hub name, if it is not the model's.
         dtype: What the weights are loaded as.
         new_head: Replace a classification head of another size by a new one.
+        lora: Settings of ``peft.LoraConfig``: adds an adapter, which alone is trained.
     """
 
     name: Word
@@ -56,6 +57,7 @@ class ModelTable(Table):
     tokenizer: Word | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     new_head: bool = False
+    lora: dict[str, Any] | None = None
 
 
 class DataTable(Table):

@@ -99,6 +99,7 @@ class ModelPrivacy(Strategy):
         self._replies = _Replies()
         self._server = with_aggregation(scheme, self._replies).server(model, secret)
         self._model = copy_of(model)
+        self._own = scheme.tensors(self._model)
         self._weighted_by = getattr(self._inner, "weighted_by_key", "num-examples")
         self._asked: dict[int, str] = {}
         self._exposure: Exposure | None = None
@@ -165,7 +166,7 @@ class ModelPrivacy(Strategy):
 
     def _open_exposure(self, folder: Path, configuration: dict[str, Any]) -> None:
         """Begin the record of what is released, or go on with the one that is there."""
-        manifest = Manifest.of(self._model, self._server.groups, configuration)
+        manifest = Manifest.of(self._own, self._server.groups, configuration)
         self._exposure = Exposure(manifest, folder)
         manifest.write(folder)
         state = self._server.state()

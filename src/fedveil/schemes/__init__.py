@@ -3,12 +3,14 @@
 from fedveil.schemes.base import ClientSide, Scheme, ServerSide, ServerState, with_aggregation
 from fedveil.schemes.client import examples_of
 from fedveil.schemes.fedavg import FedAvg
+from fedveil.schemes.fedlpp import FedLPP
 from fedveil.schemes.fedqsn import FedQSN
 from fedveil.schemes.registry import register_scheme, scheme_class, scheme_names
 
 __all__ = [
     "ClientSide",
     "FedAvg",
+    "FedLPP",
     "FedQSN",
     "Scheme",
     "ServerSide",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedveil.aggregation import Aggregation, Mean
 from fedveil.errors import ConfigurationError
 from fedveil.secret import Secret
-from fedveil.state import StateDict
+from fedveil.state import StateDict, read_state
 from fedveil.units import UnitGroup
 from fedveil.wire import Message
 
@@ -178,6 +178,16 @@ class Scheme(ABC):
     name: ClassVar[str]
     client_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that the client side depends on; clients need to know no others."""
+    clients_hold_rest: ClassVar[bool] = False
+    """Whether clients hold, exactly as the owner does, what is not among :meth:`tensors`."""
+
+    def tensors(self, model: nn.Module) -> StateDict:
+        """What is released and trained of a model: the model's own tensors, without a copy.
+
+        Raises:
+            ConfigurationError: There is nothing of the kind in it.
+        """
+        return read_state(model)
 
     @abstractmethod
     def server(self, model: nn.Module, secret: Secret) -> ServerSide:

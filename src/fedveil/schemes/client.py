@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +23,7 @@ from fedveil.units import UnitGroup
 from fedveil.updates import ErrorFeedback, UpdateCodec
 from fedveil.wire import Dense, Message, Section, UnitIndex
 
-__all__ = ["UNIT_PREFIX", "ProxyClient", "examples_of"]
+__all__ = ["UNIT_PREFIX", "ProxyClient", "examples_of", "no_groups"]
 
 UNIT_PREFIX = "units/"
 """A unit index travels under this prefix and the name of its unit group."""
@@ -40,6 +41,8 @@ class ProxyClient:
         shrink: Train a network that is physically without the withheld units, where one can be made
             (:func:`~fedveil.shrinking.shrunk`), rather than with zeros in their place.
         error_feedback: Add what quantizing lost of earlier updates to the next one.
+        tensors: What of an architecture travels; the rest is the client's, and stays as it is.
+        still: A pattern for the names of parameters that are not trained though they travel.
 
     Does NOT protect the client's data from the server: the update is exact, or quantized by
     ``codec``. Withheld units take no part in training: they are zero in the model after it, too.
@@ -51,6 +54,8 @@ class ProxyClient:
     aggregation: Aggregation = field(default_factory=Mean)
     shrink: bool = True
     error_feedback: bool = False
+    tensors: Callable[[nn.Module], StateDict] = read_state
+    still: str | None = None
 
     @property
     def remembers(self) -> bool:
@@ -60,7 +65,7 @@ class ProxyClient:
     def load(self, message: Message, model: nn.Module) -> None:
         """See :class:`~fedveil.schemes.base.ClientSide`."""
         proxy = self._read(message, model)
-        proxy.decode(read_state(model), proxy.selection)
+        proxy.decode(self.tensors(model), proxy.selection)
 
     def fit(
         self,
@@ -106,11 +111,11 @@ class ProxyClient:
     ) -> tuple[LocalRecord, dict[str, Tensor]]:
         """Train the proxy; what was done, and the updates at their released shapes."""
         with self._sized(proxy, model) as cut:
-            own = read_state(model)
+            own = self.tensors(model)
             proxy.decode(own, cut)
             # The model may be of lower precision than the message: it starts from what it holds.
             start = {name: _copy(name, tensor, cut) for name, tensor in own.items()}
-            with _withheld_units_still(model, cut):
+            with _withheld_units_still(model, cut), _others_still(model, own, self.still):
                 record = trainer(model)
             updates = {}
             for name, tensor in own.items():
@@ -133,7 +138,7 @@ class ProxyClient:
                 expected=f"a proxy of scheme {self.scheme!r}",
                 found=f"{message.kind!r} of {message.scheme!r}",
             )
-        own = read_state(model)
+        own = self.tensors(model)
         groups = self._groups(message, model, own)
         released = {group.name: _read_release(message, group) for group in groups}
         shapes = {name: tensor.shape for name, tensor in own.items()}
@@ -293,6 +298,29 @@ def _copy(name: str, tensor: Tensor, cut: Selection) -> Tensor:
     """A copy of what is released of a tensor."""
     part = cut.gather(name, tensor)
     return part.clone() if part is tensor else part
+
+
+@contextmanager
+def _others_still(model: nn.Module, own: StateDict, still: str | None) -> Iterator[None]:
+    """Let no parameter be trained but those that travel and no pattern holds still."""
+    held = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and (name not in own or (still is not None and fnmatchcase(name, still)))
+    ]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
+
+
+def no_groups(model: nn.Module) -> tuple[UnitGroup, ...]:
+    """The unit groups of a scheme that cuts none."""
+    return ()
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedveil.aggregation import Aggregation, aggregation_of
 from fedveil.schemes.base import Metrics, Scheme, ServerState
-from fedveil.schemes.client import ProxyClient
+from fedveil.schemes.client import ProxyClient, no_groups
 from fedveil.schemes.global_model import GlobalModel
 from fedveil.schemes.ledger import RoundLedger
 from fedveil.schemes.registry import register_scheme
@@ -65,18 +65,30 @@ class FedAvg(Scheme):
         """See :meth:`Scheme.client`."""
         return ProxyClient(
             self.name,
-            _no_groups,
+            no_groups,
             self.codec,
             aggregation_of(self.aggregation),
             error_feedback=self.error_feedback,
         )
 
 
+class Averaging(Protocol):
+    """A scheme that sends all clients the same and averages what comes back."""
+
+    name: ClassVar[str]
+
+    @property
+    def aggregation(self) -> Aggregation | str: ...
+    @property
+    def codec(self) -> UpdateCodec: ...
+    def tensors(self, model: nn.Module) -> StateDict: ...
+
+
 class FedAvgServer:
     """The server side; see :class:`~fedveil.schemes.base.ServerSide`."""
 
-    def __init__(self, scheme: FedAvg, model: nn.Module) -> None:
-        self._scheme, self._global = scheme, GlobalModel(model)
+    def __init__(self, scheme: Averaging, model: nn.Module) -> None:
+        self._scheme, self._global = scheme, GlobalModel(scheme.tensors(model))
         self._ledger = RoundLedger[bool](scheme.name)
         self._everything = Selection((), {}, {})
         self._sections = Sections({})
@@ -109,9 +121,13 @@ class FedAvgServer:
     def end_round(self) -> Metrics:
         """Add the mean update to the model."""
         self._ledger.end()
-        norm = self._global.apply(self._sums) if self._sums.clients else 0.0
+        norm = self._global.apply(self.step) if self._sums.clients else 0.0
         self._sections = Sections({})
         return {"clients": self._sums.clients, "update_norm": norm}
+
+    def step(self, name: str) -> Tensor | None:
+        """What is added to one tensor: the mean update, or None if no client changed it."""
+        return self._sums.mean(name)
 
     def final(self) -> StateDict:
         """The global model."""
@@ -139,7 +155,3 @@ class FedAvgServer:
         """See :class:`~fedveil.schemes.base.ServerSide`."""
         self._global.restore(state.tensors)
         self._ledger.round = int(state.values["round"])
-
-
-def _no_groups(model: nn.Module) -> tuple[UnitGroup, ...]:
-    return ()

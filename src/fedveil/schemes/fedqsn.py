@@ -150,7 +150,7 @@ class FedQSNServer:
     """The server side; see :class:`~fedveil.schemes.base.ServerSide`."""
 
     def __init__(self, scheme: FedQSN, model: nn.Module, secret: Secret) -> None:
-        self._scheme, self._global = scheme, GlobalModel(model)
+        self._scheme, self._global = scheme, GlobalModel(scheme.tensors(model))
         self._groups = find_units(model, scheme.units)
         validate(self._groups, model.state_dict())
         self._masks = Masks(self._groups, scheme.masking, secret)
@@ -192,7 +192,7 @@ class FedQSNServer:
     def end_round(self) -> Metrics:
         """Add the mean update to the full-precision weights."""
         self._ledger.end()
-        norm = self._global.apply(self._sums) if self._sums.clients else 0.0
+        norm = self._global.apply(self._sums.mean) if self._sums.clients else 0.0
         self._sources, self._proxies = {}, {}
         return {"clients": self._sums.clients, "update_norm": norm}
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedveil.aggregation import Sums
 from fedveil.errors import CheckpointError
-from fedveil.state import StateDict, check_trainable, read_state, working_copy
+from fedveil.state import StateDict, check_trainable, working_copy
 
 __all__ = ["GlobalModel"]
 
@@ -23,8 +22,7 @@ class GlobalModel:
         ConfigurationError: If the model holds NaN or infinite weights.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        state = read_state(model)
+    def __init__(self, state: StateDict) -> None:
         check_trainable(state)
         self.tensors: StateDict = working_copy(state)
         self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
@@ -34,11 +32,11 @@ class GlobalModel:
         """The tensors that are trained."""
         return ((name, t) for name, t in self.tensors.items() if t.is_floating_point())
 
-    def apply(self, sums: Sums) -> float:
-        """Add the mean updates of a round; returns the l2 norm of what was added."""
+    def apply(self, step_of: Callable[[str], Tensor | None]) -> float:
+        """Add the step of each tensor, None for none; returns the l2 norm of what was added."""
         squared = 0.0
         for name, tensor in self.floating():
-            step = sums.mean(name)
+            step = step_of(name)
             if step is not None:
                 tensor += step
                 squared += float(step.square().sum(dtype=torch.float64))
