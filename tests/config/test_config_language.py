@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from fedveil.config import build, load_config, save_model
+import toys
+from fedveil.config import build, build_workplace, load_config, save_model
 from fedveil.data import minilm_folder
 from fedveil.errors import ConfigurationError, DataError
 from fedveil.training import evaluate
@@ -83,3 +84,56 @@ def test_a_missing_column_names_the_client(tmp_path):
     file.write_text(file.read_text().replace("max_length", 'completion = "answer"\nmax_length'))
     with pytest.raises(DataError, match="no column 'answer'"):
         build(load_config(file))
+
+
+LORA = """
+[model.lora]
+r = 4
+lora_alpha = 8
+target_modules = ["c_attn"]
+fan_in_fan_out = true
+[scheme]
+name = "fedlpp"
+bits = 4
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+class TestAdapters:
+    def test_are_saved_as_peft_loads_them(self, tmp_path):
+        peft = pytest.importorskip("peft")
+        file = write(tmp_path, "causal-lm")
+        file.write_text(file.read_text() + LORA)
+        config = load_config(file)
+        federation = build(config)
+        result = federation.run(1)
+        base = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model")
+        saved = peft.PeftModel.from_pretrained(base, save_model(config, result.global_model))
+        found = evaluate(saved, federation._task, federation._test)
+        assert found == result.rounds[0].measures["global"]
+        assert found["loss"] != result.base["loss"]
+
+    @pytest.mark.parametrize(
+        ("line", "problem"),
+        [('target_modules = ["q_proj"]', "q_proj"), ("rank = 4", "rank")],
+    )
+    def test_that_fit_nothing_are_refused(self, line, problem, tmp_path):
+        file = write(tmp_path, "causal-lm")
+        text = LORA.replace('target_modules = ["c_attn"]', line)
+        file.write_text(file.read_text() + text)
+        with pytest.raises(ConfigurationError, match=rf"adapter cannot be added.*{problem}"):
+            build(load_config(file))
+
+    def test_clients_elsewhere_load_the_backbone(self, tmp_path):
+        file = write(tmp_path, "causal-lm")
+        file.write_text(file.read_text() + LORA)
+        owner = build(load_config(file))
+        text = file.read_text().replace('test = "test.jsonl"\n', "")
+        text = text.replace("[partition]\nclients = 2\n", '[partner]\nname = "a"\n')
+        text = text.replace("[federation]\nrounds = 1\n", "")
+        (tmp_path / "partner.toml").write_text(text)
+        place = build_workplace(load_config(tmp_path / "partner.toml"))
+        own, here = toys.weights(owner.model), toys.weights(place.architecture)
+        assert set(own) == set(here)
+        for name, tensor in here.items():
+            assert torch.equal(tensor, torch.zeros_like(tensor) if "lora_" in name else own[name])

@@ -171,6 +171,31 @@ def test_clients_need_no_field_but_those_named(scheme):
     assert repr(type(scheme)(**words).client()) == repr(scheme.client())
 
 
+def test_clients_who_hold_the_backbone_are_told_its_name(folder):
+    model = toys.gpt2()
+    model.save_pretrained(folder / "gpt2")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(20))]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "gpt2")
+    rows = [{"prompt": "1 2", "completion": "3"}] * 3
+    datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
+    text = FILE.format(model="gpt2", task="causal-lm").replace('labels = ["0", "1", "2"]', "")
+    text = text.replace('units = "neurons"\nclient_mask = 0.25', 'name = "fedlpp"')
+    lora = '[model.lora]\nr = 2\ntarget_modules = ["c_attn"]\nfan_in_fan_out = true\n'
+    (folder / "federation.toml").write_text(text.replace("[data]", lora + "[data]\nmax_length = 8"))
+    _, partner, _ = write(folder)
+    assert not (partner / "architecture").exists()
+    datasets.Dataset.from_list(rows).to_parquet(partner / "data.parquet")
+    model.save_pretrained(partner / "gpt2")
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(partner / "gpt2")
+    toml = partner / "partner.toml"
+    toml.write_text(toml.read_text().replace("data.csv", "data.parquet"))
+    place = build_workplace(load_config(toml))
+    state = toys.weights(place.architecture)
+    assert any(tensor.any() for name, tensor in state.items() if "lora_" not in name)
+    assert not any(tensor.any() for name, tensor in state.items() if "lora_" in name)
+
+
 class TestContainers:
     """They cannot be built here: what can be known of them without is that all parts agree."""
 

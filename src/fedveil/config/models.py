@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,10 @@ def add_adapter(model: nn.Module, task: str, settings: Mapping[str, Any]) -> nn.
     peft = library("peft")
     try:
         config = peft.LoraConfig(task_type=_PEFT_TASKS.get(task), **settings)
-        adapted: nn.Module = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT asks transformers for what will have another name.
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted: nn.Module = peft.get_peft_model(model, config)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
             "The adapter cannot be added",

@@ -29,6 +29,6 @@ def save_model(config: Config, model: nn.Module) -> Path:
                 model.save_pretrained(aside, max_shard_size=SHARD_BYTES)  # type: ignore[operator]
         else:
             write_shards(read_state(model), aside)
-        if config.data.task == "text-classification":
+        if config.data.task != "image-classification":
             load_tokenizer(tokenizer_name(config), config.path.parent).save_pretrained(aside)
     return folder

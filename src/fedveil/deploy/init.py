@@ -149,10 +149,17 @@ def _write_partner(
         write_public(folder / file, _filled(f"partner/{file}", words))
     write_public(folder / "partner.toml", _partner_file(config, name))
     module = config.path.parent / f"{config.model.name.partition(':')[0]}.py"
-    if not is_function(config.model.name):
+    if _is_saved(config):
         _save_architecture(config, model, folder / _ARCHITECTURE)
-    elif module.is_file():  # else the function is of an installed package
+    elif (
+        is_function(config.model.name) and module.is_file()
+    ):  # else the function is of an installed package
         write_public(folder / module.name, module.read_bytes())
+
+
+def _is_saved(config: Config) -> bool:
+    """Whether clients are given the architecture, rather than a name under which they have it."""
+    return not is_function(config.model.name) and not config.scheme.clients_hold_rest
 
 
 def _save_architecture(config: Config, model: nn.Module, folder: Path) -> None:
@@ -166,12 +173,14 @@ def _save_architecture(config: Config, model: nn.Module, folder: Path) -> None:
 def _partner_file(config: Config, name: str) -> str:
     """A client's partner.toml: nothing in it that a client need not know."""
     model: dict[str, Any] = {"name": config.model.name}
-    if not is_function(config.model.name):
+    if _is_saved(config):
         model["name"] = _ARCHITECTURE
     elif config.model.tokenizer is not None:
         model["tokenizer"] = config.model.tokenizer
     if config.model.num_labels is not None:
         model["num_labels"] = config.model.num_labels
+    if config.model.lora is not None:
+        model["lora"] = config.model.lora
     if config.model.dtype != "float32":
         model["dtype"] = config.model.dtype
     data = {key: value for key, value in config.data.model_dump().items() if key in _DATA}
@@ -203,6 +212,8 @@ def _value(value: Any) -> str:
             return json.dumps(fields["name"])
         inner = (f"{key} = {_value(one)}" for key, one in fields.items() if one is not None)
         return f"{{ {', '.join(inner)} }}"
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {_value(one)}' for key, one in value.items())} }}"
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
