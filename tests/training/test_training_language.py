@@ -176,3 +176,22 @@ class TestBadInput:
     def test_an_impossible_number(self, words, tokenizer):
         with pytest.raises(ConfigurationError, match=next(iter(words))):
             CausalLM(tokenizer, **words)
+
+
+def test_pieces_of_a_step_count_by_their_tokens(tokenizer, gpt2):
+    def trained(pieces):
+        model = copy.deepcopy(gpt2)
+        settings = Training(
+            steps=2, batch_size=2, learning_rate=0.1, optimizer="sgd",
+            gradient_accumulation_steps=pieces,
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            model.eval()
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            Trainer(CausalLM(tokenizer), ROWS, settings).train(model, seed=0)
+        return toys.weights(model)
+
+    for name, tensor in trained(1).items():
+        torch.testing.assert_close(trained(2)[name], tensor, atol=1e-5, rtol=1e-4)

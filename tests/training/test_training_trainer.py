@@ -1,3 +1,4 @@
+import copy
 import math
 import pickle
 from itertools import chain, islice
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from training_samples import images, perceptron, same, state
 
+import toys
 from fedveil.errors import ConfigurationError, DataError, FedveilError, TrainingError
 from fedveil.training import ImageClassification, Trainer, Training, TrainingRecord
 from fedveil.training.batches import Batches
@@ -239,3 +241,41 @@ def test_other_value_errors_pass_unchanged():
     with pytest.raises(ValueError, match=r"^mine$") as caught:
         trained(Broken(2, 2))
     assert not isinstance(caught.value, FedveilError)
+
+
+class TestLessMemory:
+    def run(self, model, task, data, **changes):
+        settings = {"steps": 3, "batch_size": 6, "learning_rate": 0.01, **changes}
+        model = copy.deepcopy(model)
+        record = Trainer(task, data, Training(**settings)).train(model, seed=5)
+        return record, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    @pytest.mark.parametrize("pieces", [2, 4, 6])
+    def test_the_same_step_in_pieces(self, pieces):
+        model, data = toys.mlp(), toys.rows(10)
+        record, whole = self.run(model, ImageClassification(), data)
+        other, parts = self.run(
+            model, ImageClassification(), data, gradient_accumulation_steps=pieces
+        )
+        assert other.steps == record.steps
+        assert other.loss_last == pytest.approx(record.loss_last, rel=1e-4)
+        for name, tensor in whole.items():
+            torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3)
+
+    def test_activations_computed_twice_change_nothing(self):
+        model, data = toys.gpt2(), toys.texts(8)
+        _, kept = self.run(model, toys.NextToken(), data)
+        _, twice = self.run(model, toys.NextToken(), data, gradient_checkpointing=True)
+        for name, tensor in kept.items():
+            torch.testing.assert_close(twice[name], tensor)
+        with pytest.raises(ConfigurationError, match="activations twice"):
+            self.run(toys.mlp(), ImageClassification(), toys.rows(6), gradient_checkpointing=True)
+
+    @pytest.mark.parametrize(
+        "words",
+        [{"gradient_accumulation_steps": 0}, {"gradient_accumulation_steps": 17},
+         {"gradient_checkpointing": 1}],
+    )  # fmt: skip
+    def test_impossible_settings(self, words):
+        with pytest.raises(ConfigurationError, match=next(iter(words))):
+            Training(**words)

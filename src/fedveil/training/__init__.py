@@ -5,6 +5,7 @@ they can do (duck typing), so any that behave alike will work.
 """
 
 from fedveil.training.evaluation import evaluate
+from fedveil.training.generation import generate, score
 from fedveil.training.images import ImageClassification
 from fedveil.training.language import CausalLM, Seq2Seq
 from fedveil.training.settings import Training
@@ -26,4 +27,6 @@ __all__ = [
     "Training",
     "TrainingRecord",
     "evaluate",
+    "generate",
+    "score",
 ]

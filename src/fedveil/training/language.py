@@ -116,8 +116,24 @@ class LanguageModelling:
         correct = (logits.argmax(dim=-1) == targets).sum()
         return Measure(len(targets), float(loss), int(correct))
 
+    def count(self, batch: Batch) -> int:
+        """Answer tokens of a batch: what its mean loss is the mean over."""
+        return int((batch["labels"] != IGNORED).sum())
+
     def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Scores of a batch's answer tokens, float32 [tokens, V], and the tokens themselves."""
+        raise NotImplementedError
+
+    def prompt_of(self, row: Mapping[str, Any]) -> list[int]:
+        """The tokens of a prepared row that come before its answer."""
+        raise NotImplementedError
+
+    def prompts(self, prompts: Sequence[list[int]], device: torch.device) -> Batch:
+        """Prompts to be answered, padded where the model does not go on writing."""
+        raise NotImplementedError
+
+    def answers_in(self, written: Tensor, batch: Batch) -> Tensor:
+        """What of generated tokens is the answer."""
         raise NotImplementedError
 
     def _encoded(self, number: int, prompt: Any, answer: Any) -> dict[str, list[int]]:
@@ -215,14 +231,38 @@ class CausalLM(LanguageModelling):
     name = "causal-lm"
     plain = True
 
+    def count(self, batch: Batch) -> int:
+        """Answer tokens of a batch: what its mean loss is the mean over."""
+        return int((batch["labels"] != IGNORED).sum())
+
     def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """See :class:`LanguageModelling`: each token is predicted from those before it."""
         _check_length(model, batch["input_ids"].shape[1])
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **_uncached(model)
+        ).logits
         targets = batch["labels"][:, 1:]
         learned = targets != IGNORED
         # Of all logits only those that count are turned to float32: there are many.
         return logits[:, :-1][learned].float(), targets[learned]
+
+    def prompt_of(self, row: Mapping[str, Any]) -> list[int]:
+        """See :class:`LanguageModelling`."""
+        pairs = zip(row["input_ids"], row["labels"], strict=True)
+        return [token for token, label in pairs if label == IGNORED]
+
+    def prompts(self, prompts: Sequence[list[int]], device: torch.device) -> Batch:
+        """See :class:`LanguageModelling`: padded on the left, where answers do not go on."""
+        turned = [{"input_ids": tokens[::-1]} for tokens in prompts]
+        ids = self._padded(turned, "input_ids", int(self.tokenizer.pad_token_id)).flip(1)
+        places = torch.arange(ids.shape[1])
+        lengths = torch.tensor([len(tokens) for tokens in prompts])
+        mask = (places >= ids.shape[1] - lengths[:, None]).to(torch.int64)
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+    def answers_in(self, written: Tensor, batch: Batch) -> Tensor:
+        """See :class:`LanguageModelling`: what comes after the prompt."""
+        return written[:, batch["input_ids"].shape[1] :]
 
     def _encoded(self, number: int, prompt: Any, answer: Any) -> dict[str, list[int]]:
         before, after = self._tokens(number, prompt, answer)
@@ -238,22 +278,45 @@ class Seq2Seq(LanguageModelling):
 
     name = "seq2seq"
 
+    def count(self, batch: Batch) -> int:
+        """Answer tokens of a batch: what its mean loss is the mean over."""
+        return int((batch["labels"] != IGNORED).sum())
+
     def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """See :class:`LanguageModelling`."""
         _check_length(model, max(batch["input_ids"].shape[1], batch["labels"].shape[1]))
         labels = batch["labels"]
         logits = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            decoder_input_ids=_shifted(model, labels),
+            decoder_input_ids=_shifted(model, labels), **_uncached(model),
         ).logits  # fmt: skip
         learned = labels != IGNORED
         return logits[learned].float(), labels[learned]
+
+    def prompt_of(self, row: Mapping[str, Any]) -> list[int]:
+        """See :class:`LanguageModelling`."""
+        return list(row["input_ids"])
+
+    def prompts(self, prompts: Sequence[list[int]], device: torch.device) -> Batch:
+        """See :class:`LanguageModelling`."""
+        rows = [{"input_ids": tokens, "labels": []} for tokens in prompts]
+        batch = self.collate(rows)
+        return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+
+    def answers_in(self, written: Tensor, batch: Batch) -> Tensor:
+        """See :class:`LanguageModelling`: all but the decoder's start."""
+        return written[:, 1:]
 
     def _encoded(self, number: int, prompt: Any, answer: Any) -> dict[str, list[int]]:
         before, after = self._tokens(number, prompt, answer)
         end = self.tokenizer.eos_token_id
         source = before + ([] if end is None else [end])
         return {"input_ids": source[: self.max_length], "labels": after[: self.max_length]}
+
+
+def _uncached(model: nn.Module) -> dict[str, bool]:
+    """Nothing is generated here: keys and values need not be kept."""
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
 
 
 def _shifted(model: nn.Module, labels: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["evaluation_mode", "only_trainable", "seeded", "training_mode"]
+from fedveil.errors import ConfigurationError
+
+__all__ = ["checkpointing", "evaluation_mode", "only_trainable", "seeded", "training_mode"]
 
 
 @contextmanager
@@ -40,6 +42,38 @@ def only_trainable(model: nn.Module, names: set[str]) -> Iterator[list[nn.Parame
         model.zero_grad(set_to_none=True)
         for parameter, required in before.items():
             parameter.requires_grad_(required)
+
+
+_CHECKPOINTING = ("activation", "gradient")
+
+
+@contextmanager
+def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Activations are computed anew for the backward pass inside, if that is wanted.
+
+    Raises:
+        ConfigurationError: The model cannot do it.
+    """
+    if not wanted:
+        yield
+        return
+    # Transformers is renaming it.
+    kinds = [kind for kind in _CHECKPOINTING if hasattr(model, f"{kind}_checkpointing_enable")]
+    if not kinds or not getattr(model, "supports_gradient_checkpointing", True):
+        raise ConfigurationError(
+            "The model cannot compute activations twice",
+            expected="a model of transformers that can",
+            found=type(model).__name__,
+            where="Training.gradient_checkpointing",
+        )
+    # Not the reentrant way, which needs inputs that require gradients: those of a frozen backbone
+    # do not.
+    words = {f"{kinds[0]}_checkpointing_kwargs": {"use_reentrant": False}}
+    getattr(model, f"{kinds[0]}_checkpointing_enable")(**words)
+    try:
+        yield
+    finally:
+        getattr(model, f"{kinds[0]}_checkpointing_disable")()
 
 
 @contextmanager

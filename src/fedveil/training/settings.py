@@ -39,6 +39,10 @@ class Training:
         max_grad_norm: Gradients longer than this (L2 norm over all trained tensors) are scaled down
             to it; None for no limit. It steadies training; it is no protection of the data, which
             needs the *update* clipped and noised.
+        gradient_accumulation_steps: Pieces in which a step's examples go through the model, one
+            after the other: less memory for the same gradient, but for rounding and BatchNorm.
+        gradient_checkpointing: Compute activations twice instead of keeping them: less memory, more
+            time. For models of transformers.
         frozen: Patterns (as in the shell, case-sensitive) of parameter names that clients leave
             alone, such as "*.embeddings.*".
 
@@ -56,6 +60,8 @@ class Training:
     schedule: str = "linear"
     warmup: float = 0.06
     max_grad_norm: float | None = 1.0
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
     frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -71,6 +77,10 @@ class Training:
             if getattr(self, name) is not None:
                 self._whole(name)
         self._whole("batch_size")
+        self._whole("gradient_accumulation_steps")
+        if self.gradient_accumulation_steps > self.batch_size:
+            self._refuse("gradient_accumulation_steps", "at most batch_size, an example for each")
+        self._flag("gradient_checkpointing")
         self._between("learning_rate", 0, math.inf, open_below=True)
         self._between("weight_decay", 0, math.inf)
         self._between("momentum", 0, 1)
@@ -121,6 +131,10 @@ class Training:
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
             self._refuse(name, " or ".join(f'"{choice}"' for choice in allowed))
+
+    def _flag(self, name: str) -> None:
+        if type(getattr(self, name)) is not bool:
+            self._refuse(name, "True or False")
 
     def _check_frozen(self) -> None:
         # A lone string would be taken apart into one pattern per letter, "*" among them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, TrainingError
 from fedveil.training.batches import Batches, has_batch_norm
-from fedveil.training.modes import evaluation_mode, only_trainable, seeded, training_mode
+from fedveil.training.modes import (
+    checkpointing,
+    evaluation_mode,
+    only_trainable,
+    seeded,
+    training_mode,
+)
 from fedveil.training.settings import Training
 from fedveil.training.tasks import Batch, Dataset, Prepared, Task, device_of, to_device
 
@@ -137,17 +143,14 @@ class Trainer:
             training_mode(model),
             torch.enable_grad(),
             only_trainable(model, names) as parameters,
+            checkpointing(model, self.training.gradient_checkpointing),
         ):
             optimizer = self.training.build_optimizer(parameters)
             schedule = self.training.build_schedule(optimizer, steps)
             for indices in islice(batches.endless(seed), steps):
-                batch = to_device(self.task.collate(self._data.select(indices)), device)
-                loss = self._loss(model, batch)
-                losses.append(loss.item())
-                where = f"step {len(losses)} of {steps}"
+                where = f"step {len(losses) + 1} of {steps}"
                 rate = float(schedule.get_last_lr()[0])
-                _check_finite("loss", losses[-1], where, rate)
-                loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(self._accumulate(model, indices, where, rate))
                 norm = self._clip(parameters)
                 _check_finite("gradient norm", norm.item(), where, rate)
                 optimizer.step()
@@ -181,6 +184,24 @@ class Trainer:
                 with torch.no_grad():
                     self.task.loss(model, batch)
 
+    def _accumulate(
+        self, model: nn.Module, indices: Sequence[int], where: str, rate: float
+    ) -> float:
+        """Add up the gradient of the mean loss over some examples, piece by piece; that loss."""
+        size = -(-len(indices) // self.training.gradient_accumulation_steps)
+        pieces = [indices[start : start + size] for start in range(0, len(indices), size)]
+        batches = [self.task.collate(self._data.select(piece)) for piece in pieces]
+        weights = [_weight(self.task, batch) for batch in batches]
+        device, mean = device_of(model), 0.0
+        for batch, weight in zip(batches, weights, strict=True):
+            loss = self._loss(model, to_device(batch, device))
+            if len(batches) > 1:
+                loss = loss * (weight / sum(weights))
+            mean += loss.item()
+            _check_finite("loss", mean, where, rate)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return mean
+
     def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
         """Scale gradients down if they are too long; how long they were."""
         if self.training.max_grad_norm is not None:
@@ -199,6 +220,12 @@ class Trainer:
                 found=f"{self.examples} in the data set, batch_size={self.training.batch_size}",
                 fix="Leave this client out, or raise batch_size.",
             ) from error
+
+
+def _weight(task: Task, batch: Batch) -> int:
+    """What a batch's mean loss is the mean over: examples, or what the task counts instead."""
+    count = getattr(task, "count", None)
+    return int(count(batch)) if count is not None else len(batch["labels"])
 
 
 def _check_finite(what: str, value: float, where: str, rate: float) -> None:

@@ -1,0 +1,116 @@
+"""What models write, and how close it is to what was wanted."""
+
+import pytest
+import torch
+import transformers
+from training_samples import perceptron
+
+from fedveil.data import minilm_folder
+from fedveil.errors import ConfigurationError, DataError
+from fedveil.training import CausalLM, Seq2Seq, Trainer, Training, generate, score
+
+ROWS = [
+    {"prompt": "the capital of france is", "completion": "paris"},
+    {"prompt": "one two three four", "completion": "five six seven"},
+    {"prompt": "red", "completion": "green blue"},
+]
+GREEDY = transformers.GenerationConfig(max_new_tokens=8, do_sample=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    found = transformers.AutoTokenizer.from_pretrained(minilm_folder())
+    found.eos_token = "[SEP]"
+    return found
+
+
+@pytest.fixture(scope="module", params=["causal", "seq2seq"])
+def trained(request, tokenizer):
+    """A task, and a model that knows its rows by heart."""
+    torch.manual_seed(0)
+    if request.param == "causal":
+        task = CausalLM(tokenizer)
+        config = transformers.GPT2Config(
+            vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64
+        )
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        task = Seq2Seq(tokenizer)
+        config = transformers.T5Config(
+            vocab_size=len(tokenizer), d_model=32, d_ff=64, d_kv=16, num_layers=2, num_heads=2,
+            decoder_start_token_id=0, pad_token_id=0, dropout_rate=0.0,
+        )  # fmt: skip
+        model = transformers.T5ForConditionalGeneration(config)
+    settings = Training(steps=60, batch_size=3, learning_rate=1e-2, schedule="constant")
+    Trainer(task, ROWS, settings).train(model, seed=0)
+    return task, model
+
+
+class TestGenerate:
+    def test_what_was_learned_is_written(self, trained):
+        task, model = trained
+        assert generate(model, task, ROWS, config=GREEDY) == [row["completion"] for row in ROWS]
+
+    def test_padding_changes_nothing(self, trained):
+        task, model = trained
+        together = generate(model, task, ROWS, config=GREEDY)
+        assert generate(model, task, ROWS, config=GREEDY, batch_size=1) == together
+
+    def test_answers_of_the_rows_are_not_looked_at(self, trained):
+        task, model = trained
+        others = [{**row, "completion": "zebra"} for row in ROWS]
+        expected = generate(model, task, ROWS, config=GREEDY)
+        assert generate(model, task, others, config=GREEDY) == expected
+
+    def test_a_model_that_cannot(self, tokenizer):
+        with pytest.raises(ConfigurationError, match="cannot generate"):
+            generate(perceptron(), CausalLM(tokenizer), ROWS)
+
+
+class TestScore:
+    WANTED = ("the cat sat on the mat today", "there is a dog in the small garden")
+    ALL = ("bleu", "chrf", "rouge", "meteor", "nist")
+
+    def test_the_same_text_is_perfect(self):
+        found = score(self.WANTED, self.WANTED, self.ALL)
+        for name in ("bleu", "chrf", "rouge1", "rouge2", "rougeL"):
+            assert found[name] == pytest.approx(100)
+        assert found["meteor"] > 99
+        assert found["nist"] > 2
+
+    def test_is_that_of_the_libraries(self):
+        import sacrebleu
+        from rouge_score import rouge_scorer
+
+        texts = ["the cat sat on a mat", "a dog is in the garden"]
+        found = score(texts, self.WANTED)
+        assert found["bleu"] == sacrebleu.corpus_bleu(texts, [list(self.WANTED)]).score
+        assert found["chrf"] == sacrebleu.corpus_chrf(texts, [list(self.WANTED)]).score
+        scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+        each = [
+            scorer.score(w, t)["rougeL"].fmeasure for t, w in zip(texts, self.WANTED, strict=True)
+        ]
+        assert found["rougeL"] == pytest.approx(50 * sum(each))
+
+    def test_the_closest_of_several_references_counts(self):
+        texts = list(self.WANTED)
+        several = [["something else entirely here", texts[0]], [texts[1]]]
+        found = score(texts, several, self.ALL)
+        assert found["bleu"] == pytest.approx(100)
+        assert found["rougeL"] == pytest.approx(100)
+        assert found["meteor"] > 99
+
+    def test_nothing_written_is_worth_nothing(self):
+        found = score(["", ""], self.WANTED, self.ALL)
+        assert all(value == 0 for value in found.values())
+
+    @pytest.mark.parametrize(
+        ("texts", "references"), [([], []), (["a"], []), (["a"], [[]]), (["a"], ["b", "c"])]
+    )
+    def test_texts_and_references_must_fit(self, texts, references):
+        with pytest.raises(DataError, match="do not fit"):
+            score(texts, references)
+
+    def test_an_unknown_score(self):
+        with pytest.raises(ConfigurationError, match="bleu or chrf"):
+            score(["a"], ["a"], ["accuracy"])
