@@ -83,8 +83,8 @@ def _blocks(pattern: Pattern, anatomy: Anatomy, scope: str) -> list[str]:
 
 def _group(pattern: Pattern, block: str, anatomy: Anatomy, config: object) -> UnitGroup | None:
     """One block's group, or None if it cannot be cut without cutting a head tied to it."""
-    outputs = [_present(_join(block, name), anatomy) for name in pattern.outputs]
-    inputs = [_present(_join(block, name), anatomy) for name in pattern.inputs]
+    outputs = _layers(pattern.outputs, "lora_B", block, anatomy)
+    inputs = _layers(pattern.inputs, "lora_A", block, anatomy)
     size = _size(pattern, outputs[0], anatomy, config)
     modules, state = anatomy.modules, anatomy.state
     cuts = [output_slices(name, modules.get(name), state, size, pattern.fused) for name in outputs]
@@ -150,6 +150,21 @@ def _size(pattern: Pattern, first: str, anatomy: Anatomy, config: object) -> int
         # Not a layer whose layout is known: output_slices says so by name.
         return 1
     return unit_width(first, weight, axis % weight.dim(), pattern.fused)
+
+
+def _layers(names: Collection[str], adapter: str, block: str, anatomy: Anatomy) -> list[str]:
+    """The layers that a rule names; where PEFT has adapted one, itself and what stands beside it.
+
+    LoRA adds B A x to what a layer makes of x: a unit that a layer computes is a row of its B, and
+    one that it reads is a column of its A.
+    """
+    layers: list[str] = []
+    for name in (_present(_join(block, name), anatomy) for name in names):
+        base, beside = f"{name}.base_layer", anatomy.modules.get(f"{name}.{adapter}")
+        layers.append(base if anatomy.has(base) else name)
+        if beside is not None:
+            layers += [f"{name}.{adapter}.{child}" for child, _ in beside.named_children()]
+    return layers
 
 
 def _present(name: str, anatomy: Anatomy) -> str:
