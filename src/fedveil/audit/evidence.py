@@ -110,9 +110,12 @@ class Proxy:
     def part(self, name: str) -> Tensor:
         """What is released of a tensor, decoded, at its released shape.
 
-        Factors that make a proxy unbiased travel beside the values and are not applied.
+        Factors that make a proxy unbiased travel beside the values and are not applied. All is NaN
+        of a tensor that was left out.
         """
-        section = self._sections[name]
+        section = self._sections.get(name)
+        if section is None:
+            return torch.full(self.selection.shape(name, self._shapes[name]), torch.nan)
         assert isinstance(section, QuantizedTensor | Dense)
         return section.dequantize() if isinstance(section, QuantizedTensor) else section.tensor
 
@@ -129,13 +132,15 @@ class Proxy:
     def shows(self, name: str) -> Tensor:
         """Which elements of a tensor it shows: bool, whole shape."""
         shape = self._shapes[name]
+        if name not in self._sections:
+            return torch.zeros(shape, dtype=torch.bool)
         if not self.selection.positions(name):
             return torch.ones(shape, dtype=torch.bool)
         return self.selection.released(name, shape).bool()
 
     def interval(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Between which values the released part of a tensor lies; None if it is exact."""
-        section = self._sections[name]
+        section = self._sections.get(name)
         return section.interval() if isinstance(section, QuantizedTensor) else None
 
     def bits(self, name: str) -> int:
@@ -154,12 +159,15 @@ class Proxy:
 
     def _check_tensors(self) -> None:
         shapes = self._shapes
-        if missing := sorted(shapes.keys() - set(self.tensors)):
-            raise self._foreign("the run's tensors", "a missing tensor", missing[0])
+        # A backbone that is sent once is left out later on.
+        if not shapes.keys() & set(self.tensors):
+            raise self._foreign("the run's tensors", "none of them", next(iter(shapes), "the run"))
         if unknown := sorted(set(self.tensors) - shapes.keys()):
             raise self._overshown("the model's tensors alone", "another section", unknown[0])
         for name, full in shapes.items():
-            section = self._sections[name]
+            section = self._sections.get(name)
+            if section is None:
+                continue
             if not isinstance(section, QuantizedTensor | Dense):
                 raise self._foreign("a tensor", type(section).__name__, name)
             if isinstance(section, QuantizedTensor):

@@ -53,7 +53,9 @@ def work(place: Workplace, job: Job, write: Callable[[Message], bytearray | memo
     started = time.perf_counter()
     try:
         message = Message.from_bytes(job.proxy)
-        before = _measure_received(place, message) if "before" in job.measure else None
+        before = None
+        if "before" in job.measure:
+            before = _measure_received(place, job.client, message)
         run = LocalRun(place.trainers[job.client], job.seed)
         reply = write(_fit(place, job.client, message, run))
         after = _measure(place) if "after" in job.measure else None
@@ -79,8 +81,9 @@ def _fit(place: Workplace, client: str, message: Message, run: LocalRun) -> Mess
     return reply
 
 
-def _measure_received(place: Workplace, message: Message) -> Measures | None:
-    place.side.load(message, place.architecture)
+def _measure_received(place: Workplace, client: str, message: Message) -> Measures | None:
+    kept = None if place.memories is None else place.memories.recall(client, message.round)
+    place.side.load(message, place.architecture, kept)
     return _measure(place)
 
 

@@ -123,8 +123,10 @@ class ServerSide(Protocol):
 class ClientSide(Protocol):
     """A partner's half of a scheme."""
 
-    def load(self, message: Message, model: nn.Module) -> None:
+    def load(self, message: Message, model: nn.Module, memory: Memory | None = None) -> None:
         """Put the proxy in ``message`` into ``model``, an architecture whose weights do not matter.
+
+        ``memory`` is what the client kept, as in :meth:`fit`; it is not changed.
 
         Raises:
             ProtocolError: If the message does not fit the model.

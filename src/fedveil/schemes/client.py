@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,6 +15,7 @@ from fedveil.aggregation import Aggregation, Mean
 from fedveil.errors import ProtocolError
 from fedveil.masking import Release
 from fedveil.quantization import QuantizedTensor
+from fedveil.schemes.adapters import frozen_names
 from fedveil.schemes.base import LocalRecord, LocalTrainer, Memory
 from fedveil.selection import Selection
 from fedveil.shrinking import shrunk
@@ -42,6 +43,7 @@ class ProxyClient:
             (:func:`~fedveil.shrinking.shrunk`), rather than with zeros in their place.
         error_feedback: Add what quantizing lost of earlier updates to the next one.
         tensors: What of an architecture travels; the rest is the client's, and stays as it is.
+        keeps_backbone: Keep what is frozen of the first message, for those that leave it out.
         still: A pattern for the names of parameters that are not trained though they travel.
 
     Does NOT protect the client's data from the server: the update is exact, or quantized by
@@ -56,15 +58,16 @@ class ProxyClient:
     error_feedback: bool = False
     tensors: Callable[[nn.Module], StateDict] = read_state
     still: str | None = None
+    keeps_backbone: bool = False
 
     @property
     def remembers(self) -> bool:
         """See :class:`~fedveil.schemes.base.ClientSide`."""
-        return self.error_feedback
+        return self.error_feedback or self.keeps_backbone
 
-    def load(self, message: Message, model: nn.Module) -> None:
+    def load(self, message: Message, model: nn.Module, memory: Memory | None = None) -> None:
         """See :class:`~fedveil.schemes.base.ClientSide`."""
-        proxy = self._read(message, model)
+        proxy = self._read(self._completed(message, model, dict(memory or {})), model)
         proxy.decode(self.tensors(model), proxy.selection)
 
     def fit(
@@ -75,10 +78,12 @@ class ProxyClient:
         memory: Memory | None = None,
     ) -> Message:
         """See :class:`~fedveil.schemes.base.ClientSide`."""
+        memory = {} if memory is None else memory
+        message = self._completed(message, model, memory)
         proxy = self._read(message, model)
         record, updates = self._train(proxy, model, trainer)
-        memory = {} if memory is None else memory
-        feedback = ErrorFeedback(self.codec, proxy.selection, proxy.shapes, memory)
+        owing = {name: tensor for name, tensor in memory.items() if name != _BACKBONE}
+        feedback = ErrorFeedback(self.codec, proxy.selection, proxy.shapes, owing)
         owed = feedback.outstanding() if self.error_feedback else []
         sections: dict[str, Section] = {}
         for name in [*updates, *(name for name in owed if name not in updates)]:
@@ -97,6 +102,9 @@ class ProxyClient:
             "loss_last": float(record.loss_last),
         }
         feedback.commit()
+        memory.update(owing)
+        if self.keeps_backbone and _BACKBONE not in memory:
+            memory[_BACKBONE] = _packed(message, frozen_names(model))
         return Message(
             "update",
             self.scheme,
@@ -105,6 +113,30 @@ class ProxyClient:
             {**sections, **observed.sections},
             {**scalars, **observed.scalars},
         )
+
+    def _completed(self, message: Message, model: nn.Module, memory: Memory) -> Message:
+        """A message with the backbone that the client keeps, if it was left out.
+
+        A whole message takes the place of what was kept.
+
+        Raises:
+            ProtocolError: It was left out, and none is kept, or one of other units.
+        """
+        frozen = frozen_names(model) if self.keeps_backbone else frozenset()
+        if not frozen - message.sections.keys():
+            memory.pop(_BACKBONE, None)
+            return message
+        if _BACKBONE not in memory:
+            raise ProtocolError(
+                "The message has no backbone, and none was kept",
+                fix="A client that failed in a round is sent it again in the next.",
+            )
+        kept = Message.from_bytes(bytearray(memory[_BACKBONE].numpy().data))
+        for name, section in kept.sections.items():
+            if isinstance(section, UnitIndex) and not _same(section, message.sections.get(name)):
+                raise ProtocolError("The backbone that was kept has other units", where=name)
+        whole = {**kept.sections, **message.sections}
+        return Message(message.kind, message.scheme, message.round, message.client, whole, {})
 
     def _train(
         self, proxy: _Proxy, model: nn.Module, trainer: LocalTrainer
@@ -169,6 +201,29 @@ class ProxyClient:
             if tensor.is_floating_point():
                 tensor.fill_(number)
         return self.find_groups(model)
+
+
+_BACKBONE = "backbone"
+"""Where a client's memory has what is sent once, as bytes; residuals have the names of tensors."""
+
+
+def _packed(message: Message, frozen: Collection[str]) -> Tensor:
+    """The frozen part of a message, as bytes of its own: uint8."""
+    sections = {
+        name: section
+        for name, section in message.sections.items()
+        if name in frozen or isinstance(section, UnitIndex)
+    }
+    part = Message("proxy", message.scheme, message.round, message.client, sections, {})
+    return torch.frombuffer(bytearray(part.to_bytes()), dtype=torch.uint8)
+
+
+def _same(one: UnitIndex, other: object) -> bool:
+    return (
+        isinstance(other, UnitIndex)
+        and one.scale == other.scale
+        and torch.equal(one.released, other.released)
+    )
 
 
 def examples_of(reply: Message) -> int:

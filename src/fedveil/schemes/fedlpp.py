@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedveil.aggregation import Aggregation, aggregation_of
 from fedveil.errors import ConfigurationError
 from fedveil.quantization import QuantizedTensor, quantize
+from fedveil.schemes.adapters import long_rows
 from fedveil.schemes.base import Scheme
 from fedveil.schemes.client import ProxyClient, no_groups
 from fedveil.schemes.fedavg import FedAvgServer
@@ -179,6 +180,5 @@ class FedLPPServer(FedAvgServer):
         assert self._scheme.bits is not None
         if tensor.dim() < 2 or not tensor.is_floating_point():
             return Dense(tensor.clone())
-        # The fewer units, the longer: a LoRA matrix is a few long rows, or columns.
-        axis = min(range(tensor.dim()), key=lambda axis: tensor.shape[axis])
+        axis = long_rows(tensor)
         return quantize(tensor, bits=self._scheme.bits, axis=axis, block=self._scheme.block)

@@ -13,6 +13,7 @@ from fedveil.aggregation import AVERAGES, Aggregation, Average, aggregation_of
 from fedveil.errors import ConfigurationError
 from fedveil.masking import Draw, Masking, Masks, Policy, Release
 from fedveil.quantization import QuantizedTensor, quantize
+from fedveil.schemes.adapters import frozen_names, is_adapter, long_rows
 from fedveil.schemes.base import Metrics, Scheme, ServerState
 from fedveil.schemes.client import UNIT_PREFIX, ProxyClient
 from fedveil.schemes.global_model import GlobalModel
@@ -59,6 +60,10 @@ class FedQSN(Scheme):
         error_feedback: Clients keep what that loses and add it to their next update.
         block: Values per quantization block. Next to 64, 192 saves 2 % of the bytes for a relative
             error of 9.8 instead of 9.2 % at 4 bits.
+        backbone: "always" sends it in every round; "once" sends parameters that are frozen (do not
+            require gradients: the backbone of an adapter) to each client only once, who keeps them.
+        adapter_bits: Bits per parameter of a released PEFT adapter (2, 3, 4 or 8); None sends it
+            exactly. ``bits`` is for the rest.
         shrink: Clients train a network that is physically without withheld neurons, heads and
             channels, where one can be made, rather than with zeros in their place: the same update
             in less time and memory, but for dropout among them, which draws other numbers.
@@ -70,7 +75,7 @@ class FedQSN(Scheme):
 
     name: ClassVar[str] = "fedqsn"
     client_fields: ClassVar[frozenset[str]] = frozenset(
-        {"units", "aggregation", "update_bits", "error_feedback", "block", "shrink"}
+        {"units", "aggregation", "update_bits", "error_feedback", "block", "shrink", "backbone"}
     )
 
     server_mask: float = 0.1
@@ -88,12 +93,22 @@ class FedQSN(Scheme):
     error_feedback: bool = False
     block: int = 192
     shrink: bool = True
+    backbone: Literal["always", "once"] = "always"
+    adapter_bits: int | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "bits")
         _check_word("average", self.average, AVERAGES)
         _check_word("merge", self.merge, MERGES)
         check_error_feedback(self.error_feedback, self.update_bits)
+        check_bits(self.adapter_bits, "adapter_bits")
+        _check_word("backbone", self.backbone, ("always", "once"))
+        if self.backbone == "once" and self.policy == "fresh":
+            raise ConfigurationError(
+                "Fresh masks show another part of the backbone in every round",
+                expected='policy="sticky" or "grouped" with backbone="once"',
+                found='policy="fresh"',
+            )
         _ = self.masking, self.codec  # check the rest
         object.__setattr__(self, "aggregation", aggregation_of(self.aggregation))
 
@@ -142,7 +157,13 @@ class FedQSN(Scheme):
         find_groups = partial(find_units, choice=self.units)
         aggregation = aggregation_of(self.aggregation)
         return ProxyClient(
-            self.name, find_groups, self.codec, aggregation, self.shrink, self.error_feedback
+            self.name,
+            find_groups,
+            self.codec,
+            aggregation,
+            self.shrink,
+            self.error_feedback,
+            keeps_backbone=self.backbone == "once",
         )
 
 
@@ -156,7 +177,17 @@ class FedQSNServer:
         self._masks = Masks(self._groups, scheme.masking, secret)
         self._ledger = RoundLedger[_Proxy](scheme.name)
         self._sources: dict[str, QuantizedTensor | Dense] = {}
-        self._proxies: dict[tuple[str | int, ...], _Proxy] = {}
+        self._proxies: dict[tuple[tuple[str | int, ...], bool], _Proxy] = {}
+        self._backbone = frozen_names(model) if scheme.backbone == "once" else frozenset()
+        if scheme.backbone == "once" and not self._backbone:
+            raise ConfigurationError(
+                "The model has no backbone that could be sent once",
+                expected="parameters that are frozen, as beside an adapter",
+                found="none",
+                fix="peft.get_peft_model(model, peft.LoraConfig(...)) adds an adapter.",
+            )
+        self._holders: set[str] = set()
+        self._answered: set[str] = set()
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         self._new_sums = aggregation_of(scheme.aggregation).sums(
             model, shapes, scheme.average, shared_masks=scheme.masking.is_shared
@@ -168,14 +199,20 @@ class FedQSNServer:
         self._ledger.begin(number)
         self._proxies = {}
         self._sums = self._new_sums()
-        self._sources = {name: self._source(name, t) for name, t in self._global.tensors.items()}
+        self._answered = set()
+        # What is sent once does not change either.
+        kept = {name: self._sources[name] for name in self._backbone & self._sources.keys()}
+        self._sources = {
+            name: kept[name] if name in kept else self._source(name, tensor)
+            for name, tensor in self._global.tensors.items()
+        }
 
     def release(self, client: str) -> Message:
         """This client's proxy, to be gathered from what is packed when the message is written."""
-        mask = self._masks.mask_of(client, self._ledger.round)
-        if mask not in self._proxies:
-            self._proxies[mask] = self._proxy(client)
-        proxy = self._proxies[mask]
+        key = self._masks.mask_of(client, self._ledger.round), client in self._holders
+        if key not in self._proxies:
+            self._proxies[key] = self._proxy(client)
+        proxy = self._proxies[key]
         self._ledger.record(client, proxy)
         scheme, number = self._scheme.name, self._ledger.round
         return Message("proxy", scheme, number, client, proxy.sections, {})
@@ -187,13 +224,18 @@ class FedQSNServer:
         parts, statistics = self._sums.read(reply, selection)
         updates = self._scheme.codec.read(parts, shapes, selection)
         self._ledger.accept(client)
+        self._answered.add(client)
         self._sums.add(updates, selection, weight, statistics)
 
     def end_round(self) -> Metrics:
         """Add the mean update to the full-precision weights."""
+        # Who did not answer may have lost what it held: it is sent all of it again.
+        self._holders -= self._ledger.sent()
+        self._holders |= self._answered if self._backbone else set()
         self._ledger.end()
         norm = self._global.apply(self._sums.mean) if self._sums.clients else 0.0
-        self._sources, self._proxies = {}, {}
+        self._sources = {n: source for n, source in self._sources.items() if n in self._backbone}
+        self._proxies = {}
         return {"clients": self._sums.clients, "update_norm": norm}
 
     def final(self) -> StateDict:
@@ -227,6 +269,8 @@ class FedQSNServer:
     def state(self) -> ServerState:
         """Global model, round and who belongs to which group; masks follow from the secret."""
         values = {"round": self._ledger.round, "clients": list(self._masks.clients())}
+        if self._backbone:
+            values["holders"] = sorted(self._holders)
         return ServerState(dict(self._global.tensors), values)
 
     def restore(self, state: ServerState) -> None:
@@ -234,6 +278,8 @@ class FedQSNServer:
         self._global.restore(state.tensors)
         self._ledger.round = int(state.values["round"])
         self._masks.enroll(state.values["clients"])
+        self._holders = set(state.values.get("holders", ()))
+        self._sources = {}
 
     @property
     def _bits(self) -> int:
@@ -247,8 +293,10 @@ class FedQSNServer:
             UNIT_PREFIX + name: UnitIndex(size, released[name].units, released[name].scale)
             for name, size in ((group.name, group.size) for group in self._groups)
         }
+        left_out = self._backbone if client in self._holders else ()
         for name, source in self._sources.items():
-            sections[name] = self._section(name, source, selection)
+            if name not in left_out:
+                sections[name] = self._section(name, source, selection)
         return _Proxy(selection, Sections(sections))
 
     def _source(self, name: str, tensor: Tensor) -> QuantizedTensor | Dense:
@@ -256,6 +304,8 @@ class FedQSNServer:
 
         A message that someone keeps must not change with the model.
         """
+        if is_adapter(name):
+            return self._adapter_section(name, tensor.clone())
         axis = self._packed_axis(name)
         if axis is not None:
             return quantize(tensor, bits=self._bits, axis=axis, block=self._scheme.block)
@@ -268,6 +318,9 @@ class FedQSNServer:
         cuts = selection.positions(name)
         if not cuts:
             return source
+        if is_adapter(name):
+            part = selection.gather(name, self._global.tensors[name])
+            return self._adapter_section(name, part)
         if isinstance(source, QuantizedTensor):
             return Gathered(source, cuts[source.axis])
         if self._is_quantized(name):
@@ -279,6 +332,12 @@ class FedQSNServer:
         if [*cuts] == [0]:
             return Gathered(source, cuts[0])
         return Dense(selection.gather(name, source.tensor))
+
+    def _adapter_section(self, name: str, part: Tensor) -> QuantizedTensor | Dense:
+        bits = self._scheme.adapter_bits
+        if bits is None or part.dim() < 2 or not part.numel() or not part.is_floating_point():
+            return Dense(part.to(self._global.dtypes[name]))
+        return quantize(part, bits=bits, axis=long_rows(part), block=self._scheme.block)
 
     def _is_quantized(self, name: str) -> bool:
         tensor = self._global.tensors[name]

@@ -53,6 +53,11 @@ class RoundLedger(Generic[Sent]):
         self._require_open()
         return self._sent.get(client)
 
+    def sent(self) -> set[str]:
+        """Who was sent something in the open round."""
+        self._require_open()
+        return set(self._sent)
+
     def record(self, client: str, sent: Sent) -> None:
         """Remember a release."""
         self._require_open()

@@ -37,7 +37,7 @@ class Reference:
     def tensor(self, name: str) -> Tensor:
         """Float32 at the tensor's whole shape, NaN where nobody was sent anything."""
         whole = torch.full(self._shapes[name], torch.nan)
-        for proxy in self._proxies:
+        for proxy in (proxy for proxy in self._proxies if name in proxy.tensors):
             proxy.selection.scatter(name, proxy.part(name).float(), whole)
         return whole
 
