@@ -19,6 +19,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
 import torch
+import torch.multiprocessing
 from torch import nn
 
 from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, threads
@@ -198,11 +199,24 @@ def workers(place: Workplace, count: int) -> Iterator[Crew]:
     if count == 1:
         yield InTurn(place)
         return
-    pool = Pool(place, count)
+    with _tensors_by_name():
+        pool = Pool(place, count)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
+@contextmanager
+def _tensors_by_name() -> Iterator[None]:
+    """Tensors are handed to processes by name: by file descriptor there is a limit of 256, which a
+    model or a data set of many tensors is beyond."""
+    before = torch.multiprocessing.get_sharing_strategy()  # type: ignore[no-untyped-call]
+    torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
     try:
-        yield pool
+        yield
     finally:
-        pool.close()
+        torch.multiprocessing.set_sharing_strategy(before)  # type: ignore[no-untyped-call]
 
 
 def start_importing(modules: Iterable[str]) -> None:
