@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fedveil.config.tables import ModelTable, is_function
-from fedveil.data.library import library
+from fedveil.data.library import library, quiet_transformers
 from fedveil.errors import ConfigurationError, FedveilError
 
 __all__ = [
@@ -221,25 +221,6 @@ def _load_pretrained(
             **words,
         )
         return model
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[Any]:
-    """The transformers library; inside, it and the hub's library show no reports and no bars."""
-    transformers = library("transformers")
-    own, hub = transformers.utils.logging, library("huggingface_hub").logging
-    before = own.get_verbosity(), hub.get_verbosity()
-    bars = own.is_progress_bar_enabled()
-    own.set_verbosity_error()
-    hub.set_verbosity_error()
-    own.disable_progress_bar()
-    try:
-        yield transformers
-    finally:
-        own.set_verbosity(before[0])
-        hub.set_verbosity(before[1])
-        if bars:
-            own.enable_progress_bar()
 
 
 @contextmanager

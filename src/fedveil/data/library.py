@@ -13,7 +13,7 @@ from fedveil.errors import ConfigurationError, DataError
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["library", "quiet", "require_column"]
+__all__ = ["library", "quiet", "quiet_transformers", "require_column"]
 
 # Read by the libraries as they are imported. A user who wants the reports can ask for them.
 _NO_REPORTS = {
@@ -54,6 +54,25 @@ def quiet() -> Iterator[None]:
     finally:
         if not hidden:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[Any]:
+    """The transformers library; inside, it and the hub's library show no reports and no bars."""
+    transformers = library("transformers")
+    own, hub = transformers.utils.logging, library("huggingface_hub").logging
+    before = own.get_verbosity(), hub.get_verbosity()
+    bars = own.is_progress_bar_enabled()
+    own.set_verbosity_error()
+    hub.set_verbosity_error()
+    own.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        own.set_verbosity(before[0])
+        hub.set_verbosity(before[1])
+        if bars:
+            own.enable_progress_bar()
 
 
 def require_column(dataset: datasets.Dataset, column: str) -> list[Any]:

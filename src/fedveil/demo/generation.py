@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from fedveil.config.models import add_adapter, quiet_transformers
@@ -193,7 +193,7 @@ def _report(
     shown: Sequence[Any],
 ) -> None:
     table = Table(
-        "scheme", "base", "global", "proxy as\nreceived", "proxy as\ntrained",
+        Column("scheme", no_wrap=True), "base", "global", "proxy as\nreceived", "proxy as\ntrained",
         "down,\nround 1", "down,\nlater", "up",
         title="loss in nats per token of a headline, lower is better; bytes per client and round",
     )  # fmt: skip

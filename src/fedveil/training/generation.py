@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -53,17 +54,14 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     texts = [""] * len(prompts)
     writer: Any = model
+    settings = copy.deepcopy(config or writer.generation_config)
+    settings.pad_token_id = task.tokenizer.pad_token_id
+    settings.eos_token_id = task.tokenizer.eos_token_id
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = task.prompts([prompts[number] for number in chosen], device_of(model))
-            found = writer.generate(
-                **batch,
-                generation_config=config,
-                pad_token_id=task.tokenizer.pad_token_id,
-                **({} if task.tokenizer.eos_token_id is None
-                   else {"eos_token_id": task.tokenizer.eos_token_id}),
-            )  # fmt: skip
+            found = writer.generate(**batch, generation_config=settings)
             answers = task.answers_in(found, batch)
             written = task.tokenizer.batch_decode(answers, skip_special_tokens=True)
             for number, text in zip(chosen, written, strict=True):
