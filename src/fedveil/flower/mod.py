@@ -50,7 +50,6 @@ def proxy_mod(
     side = with_aggregation(scheme, Mean()).client()
     if isinstance(side, ProxyClient):
         side = replace(side, shrink=False, error_feedback=False)
-    model_of = lru_cache(maxsize=1)(architecture)
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
@@ -61,13 +60,19 @@ def proxy_mod(
             if data is None:
                 raise WireError("A message has no proxy", expected="a proxy")
             run = _AppTrainer(message, context, call_next, arrays, examples)
-            content = pack(side.fit(Wire.from_bytes(data), model_of(), run).to_bytes())
+            content = pack(side.fit(Wire.from_bytes(data), _made(architecture), run).to_bytes())
             content.update(run.metrics)
             return content
 
         return Message(content=answer(train), reply_to=message)
 
     return mod
+
+
+@lru_cache(maxsize=1)
+def _made(architecture: Callable[[], nn.Module]) -> nn.Module:
+    """One model for all messages to this process."""
+    return architecture()
 
 
 @dataclass
