@@ -83,8 +83,11 @@ def _fit(place: Workplace, client: str, message: Message, run: LocalRun) -> Mess
 
 
 def _measure_received(place: Workplace, client: str, message: Message) -> Measures | None:
-    kept = None if place.memories is None else place.memories.recall(client, message.round)
-    place.side.load(message, place.architecture, kept)
+    if place.memories is None:
+        place.side.load(message, place.architecture)
+    else:
+        kept = place.memories.recall(client, message.round)
+        place.side.load(message, place.architecture, kept)
     return _measure(place)
 
 

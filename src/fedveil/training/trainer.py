@@ -191,7 +191,10 @@ class Trainer:
         size = -(-len(indices) // self.training.gradient_accumulation_steps)
         pieces = [indices[start : start + size] for start in range(0, len(indices), size)]
         batches = [self.task.collate(self._data.select(piece)) for piece in pieces]
-        weights = [_weight(self.task, batch) for batch in batches]
+        weights = [
+            _weight(self.task, batch, len(piece))
+            for batch, piece in zip(batches, pieces, strict=True)
+        ]
         device, mean = device_of(model), 0.0
         for batch, weight in zip(batches, weights, strict=True):
             loss = self._loss(model, to_device(batch, device))
@@ -222,10 +225,10 @@ class Trainer:
             ) from error
 
 
-def _weight(task: Task, batch: Batch) -> int:
+def _weight(task: Task, batch: Batch, examples: int) -> int:
     """What a batch's mean loss is the mean over: examples, or what the task counts instead."""
     count = getattr(task, "count", None)
-    return int(count(batch)) if count is not None else len(batch["labels"])
+    return examples if count is None else int(count(batch))
 
 
 def _check_finite(what: str, value: float, where: str, rate: float) -> None:
