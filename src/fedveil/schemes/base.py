@@ -126,8 +126,8 @@ class ClientSide(Protocol):
     def load(self, message: Message, model: nn.Module, memory: Memory | None = None) -> None:
         """Put the proxy in ``message`` into ``model``, an architecture whose weights do not matter.
 
-        ``memory`` is what the client kept, as in :meth:`fit`, of a side that :attr:`remembers`; it is
-        not changed.
+        ``memory`` is what the client kept, as in :meth:`fit`; it is not changed, and only a side
+        that :attr:`remembers` is given one.
 
         Raises:
             ProtocolError: If the message does not fit the model.
