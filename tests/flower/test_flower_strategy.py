@@ -199,6 +199,17 @@ class TestFaults:
         start(nodes, strategy(FedAvg(), directory=Two()))
         assert {message.metadata.dst_node_id for message in nodes.sent} == {10, 12}
 
+    def test_strategies_that_choose_nodes_without_asking_get_none_but_clients(self):
+        class Fixed(FedAvg):
+            def configure_train(self, server_round, arrays, config, grid):
+                return self._construct_messages(RecordDict({"a": arrays}), [10, 99], "train")
+
+        nodes = grid()
+        nodes.nodes[99] = Node(None, key=b"")
+        nodes.get_nodes = lambda: [n for n in LocalGrid.get_nodes(nodes) if n.node_id != 99]
+        start(nodes, strategy(Fixed()), rounds=1)
+        assert [message.metadata.dst_node_id for message in nodes.sent] == [10]
+
     def test_arrays_of_another_model_are_refused(self):
         with pytest.raises(ConfigurationError, match=r"not those of the model.*1\.bias"):
             strategy().start(grid(), ArrayRecord({"1.weight": torch.zeros(2)}))

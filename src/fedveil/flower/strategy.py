@@ -123,12 +123,14 @@ class ModelPrivacy(Strategy):
         self._server.begin_round(server_round)
         known: Any = _Known(grid, self._directory, self._patience)
         whole = ArrayRecord(_numbers(self._global()))
-        chosen = list(self._inner.configure_train(server_round, whole, config, known))
-        nodes = [message.metadata.dst_node_id for message in chosen]
-        self._asked = {node: known.clients[node] for node in nodes}
+        chosen = {
+            message.metadata.dst_node_id: message
+            for message in self._inner.configure_train(server_round, whole, config, known)
+        }
+        self._asked = {n: client for n, client in known.find().items() if n in chosen}
         # In the order of names: who comes first decides who shares a mask with whom.
-        chosen.sort(key=lambda message: self._asked[message.metadata.dst_node_id])
-        return [self._veiled(message, server_round) for message in chosen]
+        order = sorted(self._asked, key=self._asked.__getitem__)
+        return [self._veiled(chosen[node], server_round) for node in order]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -316,18 +318,26 @@ class _Known:
     def __init__(self, grid: Grid, directory: Directory, patience: Patience) -> None:
         self._grid, self._directory = grid, directory
         self._last = time.monotonic() + patience.give_up
-        self.clients: dict[int, str] = {}
+        self._clients: dict[int, str] | None = None
 
     def get_node_ids(self) -> list[int]:
         """Strategies ask until there are enough."""
-        self.clients = {node: client for client, node in self._directory.find(self._grid).items()}
+        self._clients = None
+        clients = self.find()
         if time.monotonic() > self._last:
             raise ProtocolError(
                 "Too few clients are connected",
                 expected="as many as the strategy needs",
-                found=", ".join(sorted(self.clients.values())) or "none",
+                found=", ".join(sorted(clients.values())) or "none",
             )
-        return list(self.clients)
+        return list(clients)
+
+    def find(self) -> dict[int, str]:
+        """Clients by node, as of the last time that somebody asked."""
+        if self._clients is None:
+            found = self._directory.find(self._grid)
+            self._clients = {node: client for client, node in found.items()}
+        return self._clients
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
