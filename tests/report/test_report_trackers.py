@@ -1,6 +1,7 @@
 """Records of rounds in TensorBoard and MLflow."""
 
 import importlib
+import signal
 import sys
 import types
 
@@ -9,7 +10,7 @@ import pytest
 import toys
 from fedveil import ConfigurationError, Observer
 from fedveil.engine import RoundRecord
-from fedveil.report import watched
+from fedveil.report import trackers, watched
 from fedveil.report.trackers import numbers_of
 
 RECORD = RoundRecord(
@@ -138,3 +139,32 @@ def test_what_is_named_and_not_installed_is_said(tmp_path, monkeypatch):
         pass
     with watched(Observer(), tmp_path) as observer:  # and nothing else is
         observer.round_finished(RECORD)
+
+
+def test_an_interruption_waits_for_a_tracker_and_is_not_lost(tmp_path, monkeypatch):
+    done = []
+
+    class Slow:
+        def open(self, finished):
+            pass
+
+        def write(self, number, values):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                pass  # as a library may do that does not look what it catches
+            else:
+                done.append(number)
+
+        def close(self):
+            done.append("closed")
+
+    monkeypatch.setitem(trackers._TRACKERS, "tensorboard", lambda folder: Slow())
+    before = signal.getsignal(signal.SIGINT)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        watched(Observer(), tmp_path, ["tensorboard"]) as observer,
+    ):
+        observer.round_finished(RECORD)
+    assert done == [1, "closed"]
+    assert signal.getsignal(signal.SIGINT) is before

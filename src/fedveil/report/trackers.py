@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, Protocol
 
 from fedveil.engine import Observer, RoundRecord
@@ -171,10 +174,27 @@ class _Guarded:
         if self._tracker is None:
             return
         try:
-            getattr(self._tracker, event)(*words)
+            with _interrupted_later():
+                getattr(self._tracker, event)(*words)
         except Exception as error:
             _LOG.warning("%s fails and is left out: %s", type(self._tracker).__name__, error)
             self._tracker = None
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Let Ctrl-C wait until the context ends: what others do inside may lose it, or break by it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+        if came and callable(before):
+            before(*came[0])
 
 
 class _Watched(Observer):
