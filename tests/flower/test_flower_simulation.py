@@ -13,8 +13,8 @@ from flwr.simulation import run_simulation
 from test_flower_strategy import ordinary_app
 
 import toys
-from fedveil import FedQSN
-from fedveil.errors import ExposureError
+from fedveil import FedAvg, FedQSN
+from fedveil.errors import ConfigurationError, ExposureError
 from fedveil.flower import ModelPrivacy, proxy_mod, simulate
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'fedveil[simulation]'")
@@ -58,3 +58,9 @@ def test_an_ordinary_app_behind_its_mod_and_a_strategy_inside_another(tmp_path, 
     assert losses[1] < losses[0]
     assert torch.isfinite(found[0].arrays.to_torch_state_dict()["1.weight"]).all()
     assert (tmp_path / "exposure.jsonl").read_text().count('"client"') == 6
+
+
+def test_schemes_whose_clients_keep_something_are_refused():
+    scheme = FedAvg(update_bits=4, error_feedback=True)
+    with pytest.raises(ConfigurationError, match="keep nothing"):
+        simulate(toys.federation(toys.mlp(), scheme=scheme), 1)

@@ -333,3 +333,10 @@ class TestOrdinaryApps:
     def test_schemes_that_need_more_than_updates_are_refused(self):
         with pytest.raises(ConfigurationError, match="in two ways"):
             proxy_mod(FedQSN(aggregation="regmean"), toys.mlp)
+
+    @pytest.mark.parametrize(
+        "words", [{"update_bits": 4, "error_feedback": True}, {"backbone": "once"}]
+    )
+    def test_schemes_whose_clients_keep_something_are_refused(self, words):
+        with pytest.raises(ConfigurationError, match="keeps nothing"):
+            proxy_mod(FedQSN(**words), toys.mlp)

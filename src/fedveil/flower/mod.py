@@ -12,7 +12,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor, nn
 
 from fedveil.aggregation import Mean
-from fedveil.errors import ProtocolError, TrainingError, WireError
+from fedveil.errors import ConfigurationError, ProtocolError, TrainingError, WireError
 from fedveil.flower.client import answer
 from fedveil.flower.payload import pack, unpack
 from fedveil.schemes import Scheme, with_aggregation
@@ -45,11 +45,18 @@ def proxy_mod(
     protect the client's data: :func:`~fedveil.flower.client_app` does the first two.
 
     Raises:
-        ConfigurationError: The scheme needs more of clients than an update.
+        ConfigurationError: The scheme needs more of clients than an update, or that they keep
+            something.
     """
     side = with_aggregation(scheme, Mean()).client()
     if isinstance(side, ProxyClient):
-        side = replace(side, shrink=False, error_feedback=False)
+        side = replace(side, shrink=False)
+    if side.remembers:
+        raise ConfigurationError(
+            "The scheme wants clients to keep something between rounds, and an app keeps nothing",
+            expected='no error_feedback, and backbone="always"',
+            found=repr(scheme),
+        )
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:

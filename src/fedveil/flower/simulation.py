@@ -48,9 +48,16 @@ def simulate(
         processes: Clients at work at a time, one core each.
 
     Raises:
-        ConfigurationError: Ray is not installed.
+        ConfigurationError: Ray is not installed, or clients of the scheme keep something.
         FedveilError: As of :meth:`fedveil.Federation.run`.
     """
+    if federation.scheme.client().remembers:
+        raise ConfigurationError(
+            "Clients keep nothing between rounds in Flower's simulation",
+            expected='no error_feedback, and backbone="always"',
+            found=repr(federation.scheme),
+            fix="Run it in process: fedveil run without --engine.",
+        )
     ray = _ray()
     from flwr.simulation import run_simulation
 

@@ -187,7 +187,6 @@ class FedQSNServer:
                 fix="peft.get_peft_model(model, peft.LoraConfig(...)) adds an adapter.",
             )
         self._holders: set[str] = set()
-        self._answered: set[str] = set()
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         self._new_sums = aggregation_of(scheme.aggregation).sums(
             model, shapes, scheme.average, shared_masks=scheme.masking.is_shared
@@ -199,7 +198,6 @@ class FedQSNServer:
         self._ledger.begin(number)
         self._proxies = {}
         self._sums = self._new_sums()
-        self._answered = set()
         # What is sent once does not change either.
         kept = {name: self._sources[name] for name in self._backbone & self._sources.keys()}
         self._sources = {
@@ -224,14 +222,14 @@ class FedQSNServer:
         parts, statistics = self._sums.read(reply, selection)
         updates = self._scheme.codec.read(parts, shapes, selection)
         self._ledger.accept(client)
-        self._answered.add(client)
         self._sums.add(updates, selection, weight, statistics)
 
     def end_round(self) -> Metrics:
         """Add the mean update to the full-precision weights."""
         # Who did not answer may have lost what it held: it is sent all of it again.
-        self._holders -= self._ledger.sent()
-        self._holders |= self._answered if self._backbone else set()
+        if self._backbone:
+            self._holders -= self._ledger.sent()
+            self._holders |= self._ledger.answered()
         self._ledger.end()
         norm = self._global.apply(self._sums.mean) if self._sums.clients else 0.0
         self._sources = {n: source for n, source in self._sources.items() if n in self._backbone}

@@ -58,6 +58,11 @@ class RoundLedger(Generic[Sent]):
         self._require_open()
         return set(self._sent)
 
+    def answered(self) -> set[str]:
+        """Who has answered in the open round."""
+        self._require_open()
+        return set(self._answered)
+
     def record(self, client: str, sent: Sent) -> None:
         """Remember a release."""
         self._require_open()

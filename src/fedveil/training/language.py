@@ -231,10 +231,6 @@ class CausalLM(LanguageModelling):
     name = "causal-lm"
     plain = True
 
-    def count(self, batch: Batch) -> int:
-        """Answer tokens of a batch: what its mean loss is the mean over."""
-        return int((batch["labels"] != IGNORED).sum())
-
     def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """See :class:`LanguageModelling`: each token is predicted from those before it."""
         _check_length(model, batch["input_ids"].shape[1])
@@ -277,10 +273,6 @@ class Seq2Seq(LanguageModelling):
     """Turn a prompt into another text: T5 and its kin. See the class above."""
 
     name = "seq2seq"
-
-    def count(self, batch: Batch) -> int:
-        """Answer tokens of a batch: what its mean loss is the mean over."""
-        return int((batch["labels"] != IGNORED).sum())
 
     def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """See :class:`LanguageModelling`."""
