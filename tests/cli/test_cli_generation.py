@@ -1,6 +1,7 @@
 """The second demo, in small: a real language model, whose figures are of no interest here."""
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -8,6 +9,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from fedveil.config import answer_test, load_config, rehearse
 from fedveil.data import bbc_headlines, smollm2_folder
 from fedveil.demo.generation import GENERATION_SCHEMES, GenerationSetting, run_generation_demo
 from fedveil.training import Training
@@ -52,3 +54,48 @@ def test_headlines_are_pairs():
     rows = bbc_headlines()
     assert 1900 < len(rows) < 2200
     assert all(row["prompt"].endswith("Headline:") and row["completion"] for row in rows)
+
+
+FILE = """
+[model]
+name = "model"
+tokenizer = "tokenizer"
+[data]
+task = "causal-lm"
+train = "train.parquet"
+test = "test.parquet"
+prompt = "{dialogue} TL;DR"
+completion = "{summary}"
+[partition]
+clients = 2
+[training]
+steps = 2
+[generation]
+scores = ["rouge", "bleu"]
+rows = 5
+max_new_tokens = 3
+[federation]
+rounds = 1
+"""
+
+
+def test_a_run_lets_the_tuned_model_answer_the_test_set(call, tmp_path):
+    recipes = Path(__file__).parents[2] / "examples" / "recipes"
+    rehearse(load_config(recipes / "dialogsum.toml"), tmp_path)
+    (tmp_path / "own.toml").write_text(FILE)
+    code, out, err = call("run", tmp_path / "own.toml")
+    assert (code, err) == (0, "")
+    folder = tmp_path / "runs" / "own"
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+    assert all(line["prompt"].endswith(" TL;DR") and line["references"] for line in lines)
+    summary = json.loads((folder / "summary.json").read_text())
+    scores = summary["schemes"]["fedqsn"]["generation"]
+    assert set(scores) == {"rouge1", "rouge2", "rougeL", "bleu"}
+    assert "Answers to 5 prompts" in out
+    assert lines[0]["references"][0] in out
+    assert f"{scores['rouge1']:.2f}" in out
+    # What is saved writes what was written.
+    config = load_config(tmp_path / "own.toml")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert answer_test(config, saved).texts == [line["answer"] for line in lines]

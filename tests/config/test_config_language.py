@@ -7,10 +7,10 @@ import torch
 import transformers
 
 import toys
-from fedveil.config import build, build_workplace, load_config, save_model
+from fedveil.config import answer_test, build, build_workplace, load_config, save_model
 from fedveil.data import minilm_folder
-from fedveil.errors import ConfigurationError, DataError
-from fedveil.training import evaluate
+from fedveil.errors import ConfigurationError, DataError, FedveilError
+from fedveil.training import Generation, evaluate
 
 FILE = """
 [model]
@@ -112,6 +112,59 @@ class TestAdapters:
         found = evaluate(saved, federation._task, federation._test)
         assert found == result.rounds[0].measures["global"]
         assert found["loss"] != result.base["loss"]
+        # With PEFT installed, transformers loads the folder as it would any model's.
+        ordinary = transformers.AutoModelForCausalLM.from_pretrained(config.out / "model")
+        assert evaluate(ordinary, federation._task, federation._test) == found
+
+    def test_that_were_saved_are_trained_on(self, tmp_path):
+        file = write(tmp_path, "causal-lm")
+        file.write_text(file.read_text() + LORA)
+        config = load_config(file)
+        result = build(config).run(1)
+        folder = save_model(config, result.global_model)
+        own = LORA[: LORA.index("[model.lora]")], LORA[LORA.index("[scheme]") :]
+        text = file.read_text().replace(LORA, "".join(own))
+        file.write_text(text.replace('name = "model"', f'name = "model"\nadapter = "{folder}"'))
+        again = build(load_config(file))
+        assert toys.same(toys.weights(again.model), toys.weights(result.global_model))
+        more = again.run(2, overwrite=True)
+        assert more.rounds[-1].measures["global"]["loss"] != result.rounds[0].measures["global"]
+
+    @pytest.mark.parametrize(
+        ("change", "problem"),
+        [
+            ({"n_embd": 64}, "does not fit.*torch.Size"),
+            ({"n_layer": 1}, "does not fit.*missing"),
+            ({"n_layer": 3}, "does not fit.*2 tensors without a place"),
+        ],
+    )
+    def test_of_another_model_are_refused(self, change, problem, tmp_path):
+        peft = pytest.importorskip("peft")
+        file = write(tmp_path, "causal-lm")
+        config = transformers.GPT2Config.from_pretrained(tmp_path / "model")
+        other = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**{**config.to_dict(), **change})
+        )
+        lora = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+        peft.get_peft_model(other, lora).save_pretrained(tmp_path / "adapter")
+        text = file.read_text()
+        file.write_text(text.replace('name = "model"', 'name = "model"\nadapter = "adapter"'))
+        with pytest.raises(ConfigurationError, match=rf"(?s)adapter {problem}"):
+            build(load_config(file))
+
+    def test_there_is_none(self, tmp_path):
+        file = write(tmp_path, "causal-lm")
+        text = file.read_text()
+        file.write_text(text.replace('name = "model"', 'name = "model"\nadapter = "model"'))
+        with pytest.raises(ConfigurationError, match=r"no adapter.*adapter_config.json"):
+            build(load_config(file))
+
+    def test_there_cannot_be_two(self, tmp_path):
+        file = write(tmp_path, "causal-lm")
+        text = file.read_text() + LORA
+        file.write_text(text.replace('name = "model"', 'name = "model"\nadapter = "model"'))
+        with pytest.raises(ConfigurationError, match="Two adapters"):
+            load_config(file)
 
     @pytest.mark.parametrize(
         ("line", "problem"),
@@ -137,3 +190,64 @@ class TestAdapters:
         assert set(own) == set(here)
         for name, tensor in here.items():
             assert torch.equal(tensor, torch.zeros_like(tensor) if "lora_" in name else own[name])
+
+
+GENERATION = """
+[generation]
+scores = ["rouge"]
+rows = 2
+num_beams = 2
+max_new_tokens = 4
+"""
+
+
+class TestGeneration:
+    def test_is_read_in_the_words_of_transformers(self, tmp_path):
+        file = write(tmp_path, "causal-lm")
+        assert load_config(file).generation is None
+        file.write_text(file.read_text() + GENERATION)
+        found = load_config(file).generation
+        settings = {"num_beams": 2, "max_new_tokens": 4}
+        assert found == Generation(("rouge",), rows=2, settings=settings)
+
+    def test_answers_the_test_set(self, tmp_path):
+        file = write(tmp_path, "causal-lm")
+        file.write_text(file.read_text() + GENERATION)
+        config = load_config(file)
+        answers = answer_test(config, build(config).model)
+        assert answers.prompts == ["count to 1", "count to 2"]
+        assert answers.references == [["0"], ["0 1"]]
+        assert set(answers.scores) == {"rouge1", "rouge2", "rougeL"}
+
+    @pytest.mark.parametrize(
+        ("old", "new", "problem"),
+        [
+            ("num_beams = 2", "num_beems = 2", "no such setting.*num_beams"),
+            ('["rouge"]', '["fluency"]', "score is unknown"),
+            ("rows = 2", "rows = 0", "rows is impossible"),
+            ('test = "test.jsonl"', "", "nothing to answer"),
+            ('task = "causal-lm"', "", "write nothing"),
+        ],
+    )
+    def test_that_cannot_be_is_refused_before_the_run(self, old, new, problem, tmp_path):
+        file = write(tmp_path, "causal-lm")
+        text = file.read_text() + GENERATION
+        assert old in text
+        file.write_text(text.replace(old, new))
+        with pytest.raises(ConfigurationError, match=problem):
+            build(load_config(file))
+
+
+def test_an_unknown_kind_of_model_is_named(tmp_path):
+    file = write(tmp_path, "causal-lm")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_type": "xxyy"}))
+    with pytest.raises(FedveilError, match=r"model cannot be loaded.*xxyy"):
+        build(load_config(file))
+
+
+def test_a_model_for_another_task_is_named(tmp_path):
+    file = write(tmp_path, "causal-lm")
+    file.write_text(file.read_text().replace("causal-lm", "seq2seq"))
+    with pytest.raises(FedveilError, match=r"model cannot be loaded.*GPT2Config"):
+        build(load_config(file))

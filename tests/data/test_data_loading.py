@@ -115,13 +115,22 @@ def test_an_unreachable_hub_is_explained(monkeypatch):
 def test_hub_names_are_passed_on(monkeypatch):
     asked = []
 
-    def load_dataset(name, config, *, split):
-        asked.append((name, config, split))
+    def load_dataset(name, config, *, split, revision):
+        asked.append((name, config, split, revision))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(load_data("owner/some.v2", split="train[:10%]", config="x")) == 3
-    assert asked == [("owner/some.v2", "x", "train[:10%]")]
+    assert len(load_data("owner/some.v2", split="train[:10%]", config="x", revision="y")) == 3
+    assert asked == [("owner/some.v2", "x", "train[:10%]", "y")]
+
+
+def test_sets_that_are_made_by_a_program_are_pointed_to_their_rows(monkeypatch):
+    def load_dataset(*args, **words):
+        raise RuntimeError("Dataset scripts are no longer supported, but found nothing.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"owner/nothing.*refs/convert/parquet"):
+        load_data("owner/nothing")
 
 
 def run(code, **environment):

@@ -136,7 +136,28 @@ class TestTheAdapter:
         assert message.sections[part].tensor.shape[0] == released < group.size
 
 
+def test_a_matrices_may_stay_as_they_are():
+    changed = {
+        only: adapter(
+            federation(FedQSN(units="neurons", backbone="once", train_only=only))
+            .run(2)
+            .global_model
+        )
+        for only in ("B", None)
+    }
+    before = adapter(adapted())
+    for name, tensor in before.items():
+        assert torch.equal(changed["B"][name], tensor) == ("lora_A" in name)
+        assert not torch.equal(changed[None][name], tensor)
+
+
 class TestBadInput:
+    def test_without_an_adapter_there_is_no_b_to_train(self):
+        with pytest.raises(ConfigurationError, match="no LoRA adapter"):
+            toys.federation(toys.gpt2(), scheme=FedQSN(train_only="B"), task=toys.NextToken())
+        with pytest.raises(ConfigurationError, match="train_only"):
+            FedQSN(train_only="A")
+
     def test_fresh_masks_would_show_another_part_in_every_round(self):
         with pytest.raises(ConfigurationError, match="Fresh masks"):
             FedQSN(policy="fresh", backbone="once")

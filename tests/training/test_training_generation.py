@@ -1,5 +1,7 @@
 """What models write, and how close it is to what was wanted."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,16 @@ from training_samples import perceptron
 
 from fedveil.data import minilm_folder
 from fedveil.errors import ConfigurationError, DataError
-from fedveil.training import CausalLM, Seq2Seq, Trainer, Training, generate, score
+from fedveil.training import (
+    CausalLM,
+    Generation,
+    Seq2Seq,
+    Trainer,
+    Training,
+    answer,
+    generate,
+    score,
+)
 
 ROWS = [
     {"prompt": "the capital of france is", "completion": "paris"},
@@ -65,6 +76,50 @@ class TestGenerate:
     def test_a_model_that_cannot(self, tokenizer):
         with pytest.raises(ConfigurationError, match="cannot generate"):
             generate(perceptron(), CausalLM(tokenizer), ROWS)
+
+
+class TestAnswers:
+    SETTINGS: ClassVar = {"max_new_tokens": 8, "do_sample": False}
+
+    def test_each_prompt_is_asked_once_and_scored_against_all_its_answers(self, trained):
+        task, model = trained
+        rows = [{"prompt": "red", "completion": "something else"}, *ROWS]
+        found = answer(model, task, rows, Generation(("rouge",), settings=self.SETTINGS))
+        assert found.prompts == ["red", ROWS[0]["prompt"], ROWS[1]["prompt"]]
+        assert found.references[0] == ["something else", "green blue"]
+        assert found.texts == ["green blue", "paris", "five six seven"]
+        assert found.scores["rouge1"] == 100
+
+    def test_only_so_many_are_asked(self, trained):
+        task, model = trained
+        found = answer(model, task, ROWS, Generation(rows=2, settings=self.SETTINGS))
+        assert len(found.texts) == 2
+
+    def test_settings_are_those_of_transformers(self, trained):
+        task, model = trained
+        wanted = {"num_beams": 3, "no_repeat_ngram_size": 4, "length_penalty": 0.9}
+        config = Generation(settings=wanted).config(model)
+        assert {name: getattr(config, name) for name in wanted} == wanted
+        short = Generation((), settings={**self.SETTINGS, "max_new_tokens": 1})
+        written = answer(model, task, ROWS, short).texts
+        assert all(
+            len(task.tokenizer(text, add_special_tokens=False).input_ids) <= 1 for text in written
+        )
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [({"num_beems": 2}, "no such setting.*num_beams"),
+         ({"max_new_tokens": 0}, "impossible"), ({"num_beams": -1}, "cannot generate so"),
+         ({"_from_model_config": True}, "no such setting")],
+    )  # fmt: skip
+    def test_settings_that_are_none(self, trained, settings, message):
+        with pytest.raises(ConfigurationError, match=message):
+            Generation(settings=settings).check(trained[1], trained[0], ROWS)
+
+    @pytest.mark.parametrize("wrong", [{"rows": 0}, {"batch_size": True}, {"scores": ("fluency",)}])
+    def test_impossible_values(self, wrong):
+        with pytest.raises(ConfigurationError):
+            Generation(**wrong)
 
 
 class TestScore:

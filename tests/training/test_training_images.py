@@ -94,7 +94,9 @@ def test_accuracy_and_loss_by_hand():
     rows = [{"image": s[None], "label": y} for s, y in zip(scores, labels, strict=True)]
     result = evaluate(Fixed(), TASK, rows, batch_size=3)
     loss = -np.mean([scores.log_softmax(1)[i, y].item() for i, y in enumerate(labels)])
-    assert result == {"accuracy": 50.0, "loss": pytest.approx(loss)}
+    # Found are 0, 1, 0, 1: F1 of the classes is 1/2, 2/3 and 0.
+    f1 = pytest.approx(100 * (1 / 2 + 2 / 3 + 0) / 3)
+    assert result == {"accuracy": 50.0, "loss": pytest.approx(loss), "f1": f1}
 
 
 def test_models_of_transformers_are_called_by_keyword():

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -195,3 +196,72 @@ def test_pieces_of_a_step_count_by_their_tokens(tokenizer, gpt2):
 
     for name, tensor in trained(1).items():
         torch.testing.assert_close(trained(2)[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+class TestTemplates:
+    def test_are_filled_from_columns(self, tokenizer):
+        plain = [{"prompt": "say: red and green", "completion": "it is red"}]
+        rows = [{"one": "red", "two": "green", "colour": "red"}]
+        task = CausalLM(tokenizer, prompt="say: {one} and {two}", completion="it is {colour}")
+        assert task.prepare(rows).rows == CausalLM(tokenizer).prepare(plain).rows
+
+    def test_write_triples_as_data_to_text_sets_do(self, tokenizer):
+        rows = [{"triples": [["a", "b", "c"], ["d", "e", "f"]], "target": "x"}]
+        task = CausalLM(tokenizer, prompt="{triples} ||", completion="{target}")
+        assert task.questions(rows)[0].prompt == "a : b : c | d : e : f ||"
+
+    def test_doubled_braces_are_braces_and_no_code_is_run(self, tokenizer):
+        rows = [{"q": "{q.__class__}", "completion": "x"}]
+        task = CausalLM(tokenizer, prompt="{{q}} {q}")
+        assert task.questions(rows)[0].prompt == "{q} {q.__class__}"
+
+    @pytest.mark.parametrize("template", ["{", "{}", "{a!r}", "{a:>5}", "{a}}", "{a}{"])
+    def test_that_are_none(self, tokenizer, template):
+        with pytest.raises(ConfigurationError, match=r"Summarize: \{dialogue\}"):
+            CausalLM(tokenizer, prompt=template)
+
+    def test_name_the_column_and_the_row_that_is_missing(self, tokenizer):
+        task = CausalLM(tokenizer, prompt="say {one}")
+        with pytest.raises(DataError, match="no column 'one'"):
+            task.prepare(ROWS)
+        with pytest.raises(DataError, match=r'row 1 lacks a value.*"one"'):
+            task.prepare([{"one": "a", "completion": "b"}, {"one": None, "completion": "b"}])
+
+
+class TestQuestions:
+    ROWS: ClassVar = [
+        {"prompt": "a", "completion": " one"},
+        {"prompt": "b", "completion": "two"},
+        {"prompt": "a", "completion": "three"},
+    ]
+
+    def test_are_asked_once_with_all_their_answers(self, tokenizer):
+        found = CausalLM(tokenizer).questions(self.ROWS)
+        assert found == [(0, "a", ["one", "three"]), (1, "b", ["two"])]
+
+    def test_have_the_references_of_their_column(self, tokenizer):
+        rows = [{**row, "right": ["x", f"y{n}"]} for n, row in enumerate(self.ROWS)]
+        found = CausalLM(tokenizer, references="right").questions(rows)
+        assert [q.references for q in found] == [["x", "y0", "x", "y2"], ["x", "y1"]]
+
+    @pytest.mark.parametrize("wrong", [None, [], "x", [1]])
+    def test_references_must_be_lists_of_texts(self, tokenizer, wrong):
+        rows = [{**self.ROWS[0], "right": wrong}]
+        with pytest.raises(DataError, match=r'row 0 has no references.*"right"'):
+            CausalLM(tokenizer, references="right").questions(rows)
+
+    def test_conversations_ask_too(self, tokenizer):
+        found = CausalLM(tokenizer).questions([CHAT, CHAT])
+        assert [q.references for q in found] == [["rome", "rome"]]
+
+    def test_plain_texts_do_not(self, tokenizer):
+        with pytest.raises(DataError, match="ask nothing"):
+            CausalLM(tokenizer).questions([{"text": "a"}])
+
+
+@pytest.mark.parametrize("kind", [CausalLM, Seq2Seq])
+def test_tokens_beyond_the_vocabulary_are_refused(tokenizer, gpt2, t5, kind):
+    model = copy.deepcopy(gpt2 if kind is CausalLM else t5)
+    model.resize_token_embeddings(1000)
+    with pytest.raises(DataError, match=r"beyond the model's vocabulary.*0 to 999.*resize"):
+        evaluate(model, kind(tokenizer), ROWS)

@@ -4,10 +4,13 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from training_samples import same, state, texts
 
 from fedveil.errors import ConfigurationError, DataError
-from fedveil.training import Task, TextClassification, Trainer, Training, evaluate
+from fedveil.training import Prepared, Task, TextClassification, Trainer, Training, evaluate
+from fedveil.training.tasks import Classification
 
 
 @pytest.fixture
@@ -184,3 +187,60 @@ def test_the_room_needs_no_transformers():
         "assert not {'transformers', 'datasets', 'flwr'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestF1:
+    """Of GLUE's MRPC and QQP; the oracle counts pairs of label and finding one by one."""
+
+    @staticmethod
+    def of_class(number, labels, found):
+        pairs = list(zip(labels, found, strict=True))
+        right = pairs.count((number, number))
+        if not right:
+            return 0.0
+        precision, recall = right / found.count(number), right / labels.count(number)
+        return 100 * 2 * precision * recall / (precision + recall)
+
+    def measured(self, labels, found, classes):
+        class Fixed(Classification):
+            name = "fixed"
+
+            def prepare(self, data):
+                return Prepared(data)
+
+            def collate(self, rows):
+                label, scores = zip(*rows, strict=True)
+                return {"labels": torch.tensor(label), "scores": torch.tensor(scores)}
+
+            def logits(self, model, batch):
+                return batch["scores"]
+
+        scores = torch.eye(classes).tolist()
+        rows = [(label, scores[number]) for label, number in zip(labels, found, strict=True)]
+        task = Fixed(label="label", num_labels=classes)
+        return evaluate(torch.nn.Identity(), task, rows, batch_size=3)["f1"]
+
+    @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1))
+    def test_of_two_classes_is_that_of_the_second(self, pairs):
+        labels, found = map(list, zip(*pairs, strict=True))
+        assert self.measured(labels, found, 2) == pytest.approx(self.of_class(1, labels, found))
+
+    @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1))
+    def test_of_more_is_the_mean_over_those_that_occur(self, pairs):
+        labels, found = map(list, zip(*pairs, strict=True))
+        each = [self.of_class(number, labels, found) for number in {*labels, *found}]
+        assert self.measured(labels, found, 4) == pytest.approx(sum(each) / len(each))
+
+
+def test_texts_longer_than_roberta_reads_are_refused(tokenizer):
+    transformers = pytest.importorskip("transformers")
+    # Of its 20 places the first two are not for tokens: it counts from beyond the padding token.
+    config = transformers.RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=20, pad_token_id=1,
+    )  # fmt: skip
+    model = transformers.RobertaForSequenceClassification(config)
+    rows = [{"text": "word " * 40, "label": 0}]
+    evaluate(model, TextClassification(tokenizer, max_length=18), rows)
+    with pytest.raises(DataError, match=r"longer than the model.*at most 18 tokens.*19"):
+        evaluate(model, TextClassification(tokenizer, max_length=19), rows)

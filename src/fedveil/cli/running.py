@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,6 +49,12 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder.", show_default=False)] = None,
     workers: Workers = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Try it with a tiny random model and a few rows; keep nothing."
+        ),
+    ] = False,
     engine: Annotated[
         Engine, typer.Option(help="Where clients run: in worker processes, or in Flower's on Ray.")
     ] = Engine.IN_PROCESS,
@@ -64,12 +71,17 @@ def run(
       fedveil run federation.toml --rounds 10 --workers 4
 
       fedveil run federation.toml --resume    [dim]after an interruption[/dim]
+
+      fedveil run federation.toml --dry-run   [dim]in a minute, without downloads[/dim]
     """
     from fedveil.config import build, load_config, open_secret
     from fedveil.report import ConsoleProgress, watched
 
     folder = str(out.absolute()) if out is not None else None
     config = load_config(file).change(rounds=rounds, workers=workers, out=folder)
+    if dry_run:
+        _rehearse(config, Console())
+        return
     _check_folder(config, resume=resume, overwrite=overwrite)
     console = Console()
     fresh = not config.secret_path.exists()
@@ -125,6 +137,26 @@ def demo(
     run(out or Path("runs") / name, workers or min(2, os.cpu_count() or 1), Console())
 
 
+def _rehearse(config: Config, console: Console) -> None:
+    """Run everything that a file says, small, in a folder that is gone afterwards."""
+    from fedveil.config import answer_test, build, rehearse
+    from fedveil.report import ConsoleProgress
+
+    with TemporaryDirectory(prefix="fedveil-") as folder, ConsoleProgress(console) as progress:
+        rehearsal = rehearse(config, Path(folder))
+        say(console, f"dry run: {rehearsal.model}; {rehearsal.data}")
+        small = rehearsal.config
+        result = build(small, observer=progress).run(small.federation.rounds)
+        if small.generation is not None:
+            answer_test(small, result.global_model)
+    say(
+        console,
+        "The file holds together. The figures mean nothing, and nothing was kept. What a dry run "
+        "cannot tell: whether names on the hub exist, and how much time and memory the model "
+        "takes.",
+    )
+
+
 def _check_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
     """Say what is in the way before anything is loaded."""
     if resume and overwrite:
@@ -147,13 +179,29 @@ def _report(console: Console, config: Config, result: Result) -> None:
 
     seconds = sum(record.seconds for record in result.rounds)
     schemes = {config.scheme_name: summarize(config.scheme_name, result, seconds=seconds)}
+    model = save_model(config, result.global_model)
+    if config.generation is not None:
+        schemes[config.scheme_name]["generation"] = _generate(console, config, result)
     summary: dict[str, Any] = {"fp32_bytes": result.parameters_bytes, "schemes": schemes}
     figures = write_summary(config.out, result.parameters_bytes, schemes)
     plot(summary, config.out / "summary.png")
-    model = save_model(config, result.global_model)
     console.print()
     console.print(table(summary))
     console.print()
     say(console, f"figures: {figures}, {config.out / 'metrics.jsonl'}")
     say(console, f"picture: {config.out / 'summary.png'}")
     say(console, f"your tuned model: {model}")
+
+
+def _generate(console: Console, config: Config, result: Result) -> dict[str, float]:
+    """Let the tuned model answer the test set; its scores."""
+    from fedveil.config import answer_test
+    from fedveil.report import show_answers, write_answers
+
+    with console.status("The tuned model answers the test set"):
+        answers = answer_test(config, result.global_model)
+    path = write_answers(config.out, answers)
+    console.print()
+    console.print(show_answers(answers))
+    say(console, f"all answers: {path}")
+    return answers.scores

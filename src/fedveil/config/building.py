@@ -8,7 +8,7 @@ from torch import nn
 
 from fedveil.config.file import Config
 from fedveil.config.models import find_function, load_model, load_tokenizer
-from fedveil.config.sources import load_rows
+from fedveil.config.sources import load_rows, load_test
 from fedveil.config.tables import is_function
 from fedveil.engine import Observer
 from fedveil.engine.in_process import Workplace
@@ -18,15 +18,18 @@ from fedveil.federation import Federation, Remote
 from fedveil.secret import Secret
 from fedveil.state import architecture_of
 from fedveil.training import (
+    Answers,
     CausalLM,
     ImageClassification,
     Seq2Seq,
     Task,
     TextClassification,
     Trainer,
+    answer,
 )
+from fedveil.training.tasks import longest_input
 
-__all__ = ["build", "build_workplace", "open_secret"]
+__all__ = ["answer_test", "build", "build_workplace", "open_secret"]
 
 
 def build(config: Config, *, observer: Observer | None = None) -> Federation:
@@ -52,10 +55,15 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
     rows = load_rows(config)
     folder, seed = config.path.parent, config.federation.seed
     model = load_model(config.model, config.data.task, rows.names, folder, seed=seed)
+    task = _task(config, model, len(rows.names))
+    if config.generation is not None:
+        assert isinstance(task, CausalLM | Seq2Seq)
+        assert rows.test is not None
+        config.generation.check(model, task, rows.test)
     federation = Federation(
         model,
         rows.clients if config.partners is None else Remote(tuple(config.partners.names)),
-        task=_task(config, model, len(rows.names)),
+        task=task,
         scheme=config.scheme,
         training=config.training,
         test=rows.test,
@@ -100,6 +108,24 @@ def build_workplace(config: Config) -> Workplace:
     return Workplace(bare, side, task, {name: trainer}, None, memories)
 
 
+def answer_test(config: Config, model: nn.Module) -> Answers:
+    """Let a model answer the test set as [generation] says.
+
+    Raises:
+        FedveilError: There is no test set, or it cannot be used so.
+    """
+    test = load_test(config)
+    if config.generation is None or test is None:
+        raise ConfigurationError(
+            "There is nothing to answer",
+            expected="a table [generation], and a test set in [data]",
+            where=str(config.path),
+        )
+    task = _task(config, model, 0)
+    assert isinstance(task, CausalLM | Seq2Seq)
+    return answer(model, task, test, config.generation)
+
+
 def open_secret(config: Config) -> Secret:
     """The federation secret; drawn and written to its file, for its owner's eyes only, if new."""
     return Secret.from_file(config.secret_path, create=True)
@@ -141,6 +167,7 @@ def _task(config: Config, model: nn.Module, classes: int) -> Task:
             completion=data.completion,
             messages=data.messages,
             text=data.text,
+            references=data.references,
         )
     return TextClassification(
         tokenizer,
@@ -159,8 +186,8 @@ def _agree(tokenizer: Any, model: nn.Module, config: Config) -> None:
         return
     if getattr(own, "pad_token_id", None) is None:
         own.pad_token_id = tokenizer.pad_token_id
-    longest = getattr(own, "max_position_embeddings", None)
-    if isinstance(longest, int) and config.data.max_length > longest:
+    longest = longest_input(model)
+    if longest is not None and config.data.max_length > longest:
         raise ConfigurationError(
             "Texts are longer than the model can read",
             expected=f"at most {longest}",

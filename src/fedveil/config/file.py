@@ -26,7 +26,7 @@ from fedveil.config.tables import (
 from fedveil.engine import Evaluation
 from fedveil.errors import ConfigurationError
 from fedveil.schemes import FedQSN, Scheme, scheme_class, scheme_names
-from fedveil.training import Training
+from fedveil.training import Generation, Training
 
 __all__ = ["Config", "load_config"]
 
@@ -40,6 +40,7 @@ _TABLES = (
     "scheme",
     "training",
     "evaluation",
+    "generation",
     "federation",
 )
 _PRESETS: Mapping[str, Mapping[str, Callable[..., Scheme]]] = {"fedqsn": {"paper": FedQSN.paper}}
@@ -61,6 +62,7 @@ class Config:
         scheme_name: What to call it in reports: its name, and its preset if one was chosen.
         training: How clients train.
         evaluation: What is measured.
+        generation: How the tuned model answers the test set's prompts; None if it is not asked.
         federation: The run.
     """
 
@@ -75,6 +77,7 @@ class Config:
     scheme_name: str
     training: Training
     evaluation: Evaluation
+    generation: Generation | None
     federation: FederationTable
 
     @property
@@ -115,6 +118,8 @@ def load_config(path: str | Path) -> Config:
         elif not isinstance(value, dict):
             problems.add("Not a table", name, found=repr(value), fix=f"Write [{name}] above it.")
     tables = {name: raw[name] if isinstance(raw.get(name), dict) else {} for name in _TABLES}
+    if {"lora", "adapter"} <= tables["model"].keys():
+        problems.add("Two adapters", "model", fix="Leave out `lora` or `adapter`.")
     data = _read(DataTable, "data", tables["data"], problems)
     partition = _read(PartitionTable, "partition", tables["partition"], problems)
     scheme, scheme_name = _read_scheme(tables["scheme"], problems)
@@ -132,6 +137,7 @@ def load_config(path: str | Path) -> Config:
         scheme_name=scheme_name,
         training=_read_settings(Training, "training", tables["training"], problems),
         evaluation=_read_settings(Evaluation, "evaluation", tables["evaluation"], problems),
+        generation=_read_generation(raw, data, problems),
         federation=_read(FederationTable, "federation", tables["federation"], problems),
     )
     problems.raise_any()
@@ -225,6 +231,21 @@ def _read_aggregation(values: Mapping[str, Any], problems: Problems) -> Any:
         return "mean"
     read = _read_settings(AGGREGATIONS[name], "scheme.aggregation", fields, problems)
     return "mean" if read is None else read
+
+
+def _read_generation(raw: Mapping[str, Any], data: DataTable | None, problems: Problems) -> Any:
+    """The table [generation]: keys of ours, and those of transformers.GenerationConfig."""
+    values = raw.get("generation")
+    if not isinstance(values, dict):
+        return None
+    own = {field.name for field in dataclasses.fields(Generation)} - {"settings"}
+    fields: dict[str, Any] = {name: value for name, value in values.items() if name in own}
+    fields["settings"] = {name: value for name, value in values.items() if name not in own}
+    if data is not None and data.has_classes:
+        problems.add("Classifiers write nothing", "generation", fix="Leave [generation] out.")
+    elif data is not None and data.test is None:
+        problems.add("There is nothing to answer", "generation", fix="Name a `test` in [data].")
+    return _read_settings(Generation, "generation", fields, problems)
 
 
 def _read_clients(values: Mapping[str, Any], problems: Problems) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from fedveil.config.tables import ModelTable, is_function
@@ -19,6 +20,7 @@ from fedveil.data.library import library, quiet_transformers
 from fedveil.errors import ConfigurationError, FedveilError
 
 __all__ = [
+    "architecture_class",
     "find_function",
     "load_model",
     "load_tokenizer",
@@ -74,10 +76,18 @@ def load_model(
         torch.manual_seed(seed)
         if is_function(table.name):
             model = _call(find_function(table.name, folder), table.name, classes or None)
-            return model.to(getattr(torch, table.dtype))
-        place = place_of(table.name, folder)
-        model = _load_pretrained(table, task, names, classes, place, weights)
+            model = model.to(getattr(torch, table.dtype))
+        else:
+            place = place_of(table.name, folder)
+            model = _load_pretrained(table, task, names, classes, place, weights)
+        if table.adapter is not None:
+            return load_adapter(model, folder / Path(table.adapter).expanduser())
         return model if table.lora is None else add_adapter(model, task, table.lora)
+
+
+def architecture_class(task: str) -> str:
+    """The class of transformers that makes models for a task."""
+    return _CLASSES[task]
 
 
 def add_adapter(model: nn.Module, task: str, settings: Mapping[str, Any]) -> nn.Module:
@@ -95,18 +105,69 @@ def add_adapter(model: nn.Module, task: str, settings: Mapping[str, Any]) -> nn.
     try:
         config = peft.LoraConfig(task_type=_PEFT_TASKS.get(task), **settings)
         with warnings.catch_warnings():
-            # PEFT asks transformers for what will have another name.
+            # PEFT asks transformers for what will have another name, and says what it mends.
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             adapted: nn.Module = peft.get_peft_model(model, config)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
             "The adapter cannot be added",
-            found=str(error).split("\n", maxsplit=1)[0][:200],
+            found=str(error).split("\n", maxsplit=1)[0].rstrip(".")[:200],
             where="[model.lora]",
             fix="Its keys are the arguments of peft.LoraConfig; target_modules name layers of this "
             "model.",
         ) from error
     return adapted
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """A model with an adapter that PEFT saved, which alone requires gradients.
+
+    Args:
+        model: The backbone, which is frozen.
+        folder: Where the adapter is: adapter_config.json and its weights.
+
+    Raises:
+        ConfigurationError: There is none, or it was trained for another model.
+    """
+    peft = library("peft")
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigurationError(
+            "There is no adapter",
+            expected="a folder with adapter_config.json, as PEFT saves it",
+            where=str(folder),
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            # What PEFT only warns of: tensors of the model that the folder does not have.
+            warnings.filterwarnings("error", message=".*adapter keys.*")
+            adapted: nn.Module = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+        _check_places(folder, peft.get_peft_model_state_dict(adapted))
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, UserWarning) as error:
+        raise ConfigurationError(
+            "The adapter does not fit the model",
+            expected="an adapter that was trained on this model",
+            found=_last_line(error),
+            where=str(folder),
+        ) from error
+    return adapted
+
+
+def _check_places(folder: Path, own: Mapping[str, Any]) -> None:
+    """Raise ValueError for tensors of an adapter's file that PEFT found no place for."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        lost = sorted(set(file.keys()) - own.keys())
+    if lost:
+        raise ValueError(f"{len(lost)} tensors without a place in this model, such as {lost[0]}")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:200]
 
 
 def load_tokenizer(name: str, folder: Path) -> Any:

@@ -14,7 +14,7 @@ from fedveil.errors import DataError
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["Rows", "load_rows"]
+__all__ = ["Rows", "is_file", "load_rows", "load_source", "load_test"]
 
 _SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 _TRAIN, _TEST = "the training set", "the test set"
@@ -51,16 +51,16 @@ def load_rows(config: Config) -> Rows:
         parts = {}
     elif config.partition is not None:
         assert data.train is not None
-        whole = _load(config, data.train, data.train_split)
+        whole = load_source(config, data.train, data.train_split)
         parts = {_TRAIN: _draw(whole, data.train_limit, seed)}
     else:
         parts = {
-            f"client {name}": _draw(_load(config, file, data.train_split), data.train_limit, seed)
+            f"client {name}": _draw(
+                load_source(config, file, data.train_split), data.train_limit, seed
+            )
             for name, file in files.items()
         }
-    test = None
-    if data.test is not None:
-        test = _draw(_load(config, data.test, data.test_split), data.test_limit, seed)
+    test = load_test(config)
     names, encoded = [], parts
     if data.has_classes:
         names = data.labels or _class_names(parts, data.label, config.model.num_labels)
@@ -71,13 +71,37 @@ def load_rows(config: Config) -> Rows:
     return Rows(_divide(config, encoded[_TRAIN]), test, names)
 
 
-def _load(config: Config, source: str, split: str | None) -> datasets.Dataset:
+def load_test(config: Config) -> datasets.Dataset | None:
+    """The owner's test set as it is, or None.
+
+    Raises:
+        FedveilError: It cannot be found.
+    """
+    data = config.data
+    if data.test is None:
+        return None
+    return _draw(
+        load_source(config, data.test, data.test_split), data.test_limit, config.federation.seed
+    )
+
+
+def is_file(config: Config, source: str) -> bool:
+    """Whether a name in the configuration is that of a file, and not of a hub data set."""
     path = config.resolve(source)
-    is_file = path.suffix.lower() in _SUFFIXES or source.startswith((".", "/", "~"))
-    where: str | Path = path if is_file or path.exists() else source
+    looks_so = path.suffix.lower() in _SUFFIXES or source.startswith((".", "/", "~"))
+    return looks_so or path.exists()
+
+
+def load_source(config: Config, source: str, split: str | None) -> datasets.Dataset:
+    """The rows that a name in the configuration stands for.
+
+    Raises:
+        FedveilError: There are none.
+    """
+    where: str | Path = config.resolve(source) if is_file(config, source) else source
     words: dict[str, Any] = {"split": split} if split is not None else {}
-    if config.data.variant is not None and where is source:
-        words["config"] = config.data.variant
+    if where is source:
+        words.update(config=config.data.variant, revision=config.data.revision)
     return load_data(where, **words)
 
 

@@ -50,6 +50,7 @@ class ModelTable(Table):
         dtype: What the weights are loaded as.
         new_head: Replace a classification head of another size by a new one.
         lora: Settings of ``peft.LoraConfig``: adds an adapter, which alone is trained.
+        adapter: A folder with an adapter that PEFT saved, to go on training instead of a new one.
     """
 
     name: Word
@@ -58,6 +59,7 @@ class ModelTable(Table):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     new_head: bool = False
     lora: dict[str, Any] | None = None
+    adapter: Word | None = None
 
 
 class DataTable(Table):
@@ -71,15 +73,20 @@ class DataTable(Table):
         test: File or hub name of the owner's test set; without it nothing is measured.
         test_split: Split of a hub data set.
         test_limit: Use at most this many rows, drawn at random.
-        variant: Variant of a hub data set, such as "sst2" of "glue".
+        variant: Variant of a hub data set, such as "sst2" of "nyu-mll/glue".
+        revision: Branch, tag or commit of a hub data set. Sets that are made by a program can be
+            read from "refs/convert/parquet" only.
         text: Column of texts.
         text_pair: Column of second texts, for tasks on pairs.
         image: Column of images.
         label: Column of classes: names or whole numbers.
         labels: All class names in order; by default those found, sorted.
-        prompt: Column of prompts, of language models.
-        completion: Column of their answers.
+        prompt: Column of prompts, of language models, or a template over columns, such as
+            "Summarize: {dialogue}".
+        completion: Column of their answers, or a template.
         messages: Column of conversations, instead of these two.
+        references: Column of the test set with lists of all right answers, to score what the model
+            writes; without it rows that ask the same are each other's.
         label_smoothing: Share of a target token that is spread over all tokens, in training.
         max_length: Tokens of a text that are read; of language models with its answer.
         transform: "module:function" applied to each image.
@@ -95,6 +102,7 @@ class DataTable(Table):
     test_split: Word | None = None
     test_limit: AtLeastOne | None = None
     variant: Word | None = None
+    revision: Word | None = None
     text: Word = "text"
     text_pair: Word | None = None
     image: Word = "image"
@@ -103,6 +111,7 @@ class DataTable(Table):
     prompt: Word = "prompt"
     completion: Word = "completion"
     messages: Word = "messages"
+    references: Word | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_length: AtLeastOne = 128
     transform: Word | None = None

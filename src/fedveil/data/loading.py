@@ -18,7 +18,11 @@ __all__ = ["load_data"]
 
 
 def load_data(
-    source: str | Path, *, split: str = "train", config: str | None = None
+    source: str | Path,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
 ) -> datasets.Dataset:
     """Load rows from a file or from the hub.
 
@@ -29,24 +33,25 @@ def load_data(
         source: A .csv, .json (a list of records), .jsonl or .parquet file; or a hub name such as
             "owner/name". A Path, a known suffix, or anything that exists is taken for a file.
         split: Which part of a hub data set, such as "train" or "train[:10%]". A file has only one.
-        config: Which variant of a hub data set, such as "sst2" of "glue".
+        config: Which variant of a hub data set, such as "sst2" of "nyu-mll/glue".
+        revision: Which branch, tag or commit of a hub data set; its newest by default.
 
     Raises:
         DataError: The file is missing, of another kind, empty or broken; or the hub has no such
             data set or cannot be reached.
-        ConfigurationError: `split` or `config` was given for a file, or the `hf` extra is missing.
+        ConfigurationError: One of the three was given for a file, or the `hf` extra is missing.
     """
     path = Path(source)
     is_file = isinstance(source, Path) or path.suffix.lower() in _READERS or path.exists()
-    if is_file and (split != "train" or config is not None):
+    if is_file and (split != "train" or config is not None or revision is not None):
         raise ConfigurationError(
             "a file has no splits or variants to choose from",
-            found=f"split={split!r}, config={config!r}",
+            found=f"split={split!r}, config={config!r}, revision={revision!r}",
             where=str(source),
             fix="Leave them out, and keep each split in a file of its own.",
         )
     with quiet():
-        dataset = _from_file(path) if is_file else _from_hub(str(source), split, config)
+        dataset = _from_file(path) if is_file else _from_hub(str(source), split, config, revision)
     if len(dataset) == 0:
         raise DataError("the data set is empty", expected="at least one row", where=str(source))
     return dataset
@@ -73,9 +78,18 @@ def _from_file(path: Path) -> datasets.Dataset:
         ) from error
 
 
-def _from_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
+def _from_hub(name: str, split: str, config: str | None, revision: str | None) -> datasets.Dataset:
     try:
-        return library("datasets").load_dataset(name, config, split=split)
+        return library("datasets").load_dataset(name, config, split=split, revision=revision)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise DataError(
+            "the hub data set is made by a program, which is not run",
+            where=name,
+            fix='Read the hub\'s own copy of its rows: revision="refs/convert/parquet". That has '
+            "no other variants than those it shows.",
+        ) from error
     except (OSError, ValueError) as error:
         raise DataError(
             "the hub data set cannot be loaded",

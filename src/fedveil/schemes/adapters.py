@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
 from torch import Tensor, nn
 
-__all__ = ["frozen_names", "is_adapter", "long_rows"]
+from fedveil.errors import ConfigurationError
+
+__all__ = ["A_MATRICES", "check_train_only", "frozen_names", "is_adapter", "long_rows"]
 
 _MARKS = (
     ".lora_A.",
@@ -13,6 +18,25 @@ _MARKS = (
     ".lora_magnitude_vector.",
     ".modules_to_save.",
 )
+
+
+A_MATRICES = "*.lora_*A.*"
+"""The names of what clients leave alone who train the B matrices of an adapter only."""
+
+
+def check_train_only(train_only: str | None, names: Iterable[str]) -> None:
+    """Refuse to train only B matrices where there are none.
+
+    Raises:
+        ConfigurationError: None of the named tensors belongs to a LoRA adapter.
+    """
+    if train_only == "B" and not any(fnmatchcase(name, A_MATRICES) for name in names):
+        raise ConfigurationError(
+            "The model has no LoRA adapter of which only B could be trained",
+            expected="a LoRA adapter",
+            found="none",
+            fix="Leave train_only out, or add one with peft.get_peft_model.",
+        )
 
 
 def is_adapter(name: str) -> bool:

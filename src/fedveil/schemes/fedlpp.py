@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedveil.aggregation import Aggregation, aggregation_of
 from fedveil.errors import ConfigurationError
 from fedveil.quantization import QuantizedTensor, quantize
-from fedveil.schemes.adapters import long_rows
+from fedveil.schemes.adapters import A_MATRICES, check_train_only, long_rows
 from fedveil.schemes.base import Scheme
 from fedveil.schemes.client import ProxyClient, no_groups
 from fedveil.schemes.fedavg import FedAvgServer
@@ -123,6 +123,7 @@ class FedLPP(Scheme):
                 found="nothing to be trained" if not adapter else "nothing that is frozen",
                 fix="peft.get_peft_model(model, peft.LoraConfig(...)) adds one.",
             )
+        check_train_only(self.train_only, adapter)
         return adapter
 
     def server(self, model: nn.Module, secret: Secret) -> FedLPPServer:
@@ -139,7 +140,7 @@ class FedLPP(Scheme):
             shrink=False,
             error_feedback=self.error_feedback,
             tensors=self.tensors,
-            still="*.lora_A.*" if self.train_only == "B" else None,
+            still=A_MATRICES if self.train_only == "B" else None,
         )
 
 

@@ -13,7 +13,13 @@ from fedveil.aggregation import AVERAGES, Aggregation, Average, aggregation_of
 from fedveil.errors import ConfigurationError
 from fedveil.masking import Draw, Masking, Masks, Policy, Release
 from fedveil.quantization import QuantizedTensor, quantize
-from fedveil.schemes.adapters import frozen_names, is_adapter, long_rows
+from fedveil.schemes.adapters import (
+    A_MATRICES,
+    check_train_only,
+    frozen_names,
+    is_adapter,
+    long_rows,
+)
 from fedveil.schemes.base import Metrics, Scheme, ServerState
 from fedveil.schemes.client import UNIT_PREFIX, ProxyClient
 from fedveil.schemes.global_model import GlobalModel
@@ -64,6 +70,9 @@ class FedQSN(Scheme):
             require gradients: the backbone of an adapter) to each client only once, who keeps them.
         adapter_bits: Bits per parameter of a released PEFT adapter (2, 3, 4 or 8); None sends it
             exactly. ``bits`` is for the rest.
+        train_only: "B" has clients leave the A matrices of a LoRA adapter as they are (FFA-LoRA,
+            "Improving LoRA in Privacy-preserving Federated Learning", 2403.12313): the mean of
+            updates of B is then the mean of what adapters do. None trains both.
         shrink: Clients train a network that is physically without withheld neurons, heads and
             channels, where one can be made, rather than with zeros in their place: the same update
             in less time and memory, but for dropout among them, which draws other numbers.
@@ -75,7 +84,16 @@ class FedQSN(Scheme):
 
     name: ClassVar[str] = "fedqsn"
     client_fields: ClassVar[frozenset[str]] = frozenset(
-        {"units", "aggregation", "update_bits", "error_feedback", "block", "shrink", "backbone"}
+        {
+            "units",
+            "aggregation",
+            "update_bits",
+            "error_feedback",
+            "block",
+            "shrink",
+            "backbone",
+            "train_only",
+        }
     )
 
     server_mask: float = 0.1
@@ -95,6 +113,7 @@ class FedQSN(Scheme):
     shrink: bool = True
     backbone: Literal["always", "once"] = "always"
     adapter_bits: int | None = None
+    train_only: Literal["B"] | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "bits")
@@ -103,6 +122,7 @@ class FedQSN(Scheme):
         check_error_feedback(self.error_feedback, self.update_bits)
         check_bits(self.adapter_bits, "adapter_bits")
         _check_word("backbone", self.backbone, ("always", "once"))
+        _check_word("train_only", self.train_only, ("B", None))
         if self.backbone == "once" and self.policy == "fresh":
             raise ConfigurationError(
                 "Fresh masks show another part of the backbone in every round",
@@ -163,6 +183,7 @@ class FedQSN(Scheme):
             aggregation,
             self.shrink,
             self.error_feedback,
+            still=A_MATRICES if self.train_only == "B" else None,
             keeps_backbone=self.backbone == "once",
         )
 
@@ -172,6 +193,7 @@ class FedQSNServer:
 
     def __init__(self, scheme: FedQSN, model: nn.Module, secret: Secret) -> None:
         self._scheme, self._global = scheme, GlobalModel(scheme.tensors(model))
+        check_train_only(scheme.train_only, self._global.tensors)
         self._groups = find_units(model, scheme.units)
         validate(self._groups, model.state_dict())
         self._masks = Masks(self._groups, scheme.masking, secret)
@@ -358,8 +380,10 @@ class _Proxy:
     sections: Sections
 
 
-def _check_word(setting: str, word: str, known: tuple[str, ...]) -> None:
+def _check_word(setting: str, word: str | None, known: tuple[str | None, ...]) -> None:
     if word not in known:
         raise ConfigurationError(
-            f"The setting {setting!r} is unknown", expected=" or ".join(known), found=repr(word)
+            f"The setting {setting!r} is unknown",
+            expected=" or ".join(map(str, known)),
+            found=repr(word),
         )

@@ -5,7 +5,7 @@ they can do (duck typing), so any that behave alike will work.
 """
 
 from fedveil.training.evaluation import evaluate
-from fedveil.training.generation import generate, score
+from fedveil.training.generation import Answers, Generation, answer, generate, score
 from fedveil.training.images import ImageClassification
 from fedveil.training.language import CausalLM, Seq2Seq
 from fedveil.training.settings import Training
@@ -14,8 +14,10 @@ from fedveil.training.text import TextClassification
 from fedveil.training.trainer import LocalRun, Trainer, TrainingRecord
 
 __all__ = [
+    "Answers",
     "CausalLM",
     "Dataset",
+    "Generation",
     "ImageClassification",
     "LocalRun",
     "Measure",
@@ -26,6 +28,7 @@ __all__ = [
     "Trainer",
     "Training",
     "TrainingRecord",
+    "answer",
     "evaluate",
     "generate",
     "score",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
 from fedveil.training.modes import evaluation_mode
@@ -28,7 +28,8 @@ def evaluate(
 
     Returns:
         "accuracy" in percent and "loss", the mean in nats; of language models both per answer
-        token, and "perplexity", e to the loss.
+        token, and "perplexity", e to the loss; of classifiers also "f1" in percent: of two classes
+        that of the second (GLUE), of more their mean.
 
     Raises:
         DataError: The data cannot be used.
@@ -46,14 +47,30 @@ def evaluate(
             batch = task.collate(prepared.select(order[start : start + batch_size]))
             measures.append(task.measure(model, to_device(batch, device)))
     count = sum(measure.examples for measure in measures)
+    classes = [measure.classes for measure in measures if measure.classes is not None]
     found = {
         "accuracy": 100 * sum(measure.correct for measure in measures) / count,
         "loss": sum(measure.loss for measure in measures) / count,
     }
+    if classes:
+        found["f1"] = _f1(torch.stack(classes).sum(dim=0))
     if getattr(task, "metric", "accuracy") == "loss":
         # Beyond e to the 700 there is no such number; a model that bad is no model.
         found["perplexity"] = math.exp(min(found["loss"], 700.0))
     return found
+
+
+def _f1(classes: Tensor) -> float:
+    """F1 in percent, from the sums of :class:`Measure`, int64 [3, C].
+
+    Of two classes it is that of the second, as GLUE has it for MRPC and QQP; of more, the mean over
+    those that occur.
+    """
+    right, found, labels = classes.double()
+    occurring = found + labels > 0
+    each = torch.where(occurring, 2 * right / (found + labels).clamp(min=1), 0.0)
+    score = each[1] if len(each) == 2 else each[occurring].mean()
+    return 100 * float(score)
 
 
 def _by_length(prepared: Prepared) -> list[int]:

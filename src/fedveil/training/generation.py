@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +15,138 @@ from torch import nn
 
 from fedveil.errors import ConfigurationError, DataError
 from fedveil.training.language import LanguageModelling
-from fedveil.training.modes import evaluation_mode
+from fedveil.training.modes import evaluation_mode, seeded
 from fedveil.training.tasks import Dataset, Prepared, device_of
 
-__all__ = ["SCORES", "generate", "score"]
+__all__ = ["SCORES", "Answers", "Generation", "answer", "generate", "score"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a model answers the prompts of a test set, and how its answers are scored.
+
+    Attributes:
+        scores: Of :data:`SCORES`.
+        rows: Ask at most so many prompts, the first; None for all.
+        batch_size: Prompts at a time.
+        settings: Of ``transformers.GenerationConfig``, in its own words; what is not said is as the
+            model has it.
+
+    Raises:
+        ConfigurationError: A value is impossible.
+    """
+
+    scores: tuple[str, ...] = ("bleu", "chrf", "rouge")
+    rows: int | None = None
+    batch_size: int = 16
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.scores:
+            _check_score(name)
+        for name in ("rows", "batch_size"):
+            value = getattr(self, name)
+            if (type(value) is not int or value < 1) and not (name == "rows" and value is None):
+                raise ConfigurationError(
+                    f"{name} is impossible", expected="at least 1", found=repr(value)
+                )
+
+    def check(self, model: nn.Module, task: LanguageModelling, data: Dataset) -> None:
+        """Find out before a long run what would be wrong after it.
+
+        Raises:
+            ConfigurationError: The model cannot generate so, or a score's library is missing.
+            DataError: The data ask nothing.
+        """
+        task.questions(data)
+        score(["a few words"], ["a few words"], self.scores)
+        config = self.config(model)
+        config.max_new_tokens, config.min_new_tokens = 1, None
+        try:
+            # What some settings forbid is found only by asking.
+            generate(model, task, [data[0]], config=config)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ConfigurationError(
+                "The model cannot generate so",
+                found=str(error).strip().split("\n", maxsplit=1)[0][:200],
+                fix="Settings are those of transformers.GenerationConfig.",
+            ) from error
+
+    def config(self, model: nn.Module) -> Any:
+        """A ``transformers.GenerationConfig`` with these settings, for a model.
+
+        Raises:
+            ConfigurationError: There is no such setting, or it is impossible.
+        """
+        own: Any = _generator(model).generation_config
+        config = copy.deepcopy(own)
+        for name, value in self.settings.items():
+            if not hasattr(config, name) or name.startswith("_"):
+                near = difflib.get_close_matches(name, vars(config), n=1)
+                raise ConfigurationError(
+                    "There is no such setting of generation",
+                    expected="an attribute of transformers.GenerationConfig",
+                    found=repr(name),
+                    fix=f"Did you mean {near[0]!r}?" if near else "",
+                )
+            setattr(config, name, value)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of settings that need others to matter
+                config.validate()
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(
+                "A setting of generation is impossible", found=str(error).strip()[:200]
+            ) from error
+        return config
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model wrote, and how good that is.
+
+    Attributes:
+        prompts: What was asked, as it stands in the data.
+        references: What is right, for each prompt at least one text.
+        texts: What the model answered.
+        scores: See :func:`score`.
+    """
+
+    prompts: list[Any]
+    references: list[list[str]]
+    texts: list[str]
+    scores: dict[str, float]
+
+
+def answer(
+    model: nn.Module, task: LanguageModelling, data: Dataset, generation: Generation
+) -> Answers:
+    """Ask a model everything that a test set asks, each prompt once, and score its answers.
+
+    Args:
+        model: See :func:`generate`.
+        task: What it is for.
+        data: The test set. Rows that ask the same are each other's references, unless the task
+            names a column of references.
+        generation: How.
+
+    Raises:
+        ConfigurationError: The model cannot generate, or not so.
+        DataError: The data cannot be used, or ask nothing.
+    """
+    config = generation.config(model)
+    questions = task.questions(data)[: generation.rows]
+    with seeded(0, device_of(model)):  # the same answers every time, sampled ones too
+        texts = generate(
+            model,
+            task,
+            [data[question.row] for question in questions],
+            config=config,
+            batch_size=generation.batch_size,
+        )
+    references = [question.references for question in questions]
+    scores = score(texts, references, generation.scores)
+    return Answers([question.prompt for question in questions], references, texts, scores)
 
 
 def generate(
@@ -43,17 +173,11 @@ def generate(
         ConfigurationError: The model cannot generate.
         DataError: The data cannot be used.
     """
-    if not hasattr(model, "generate"):
-        raise ConfigurationError(
-            "The model cannot generate text",
-            expected="a model of transformers, with a method generate",
-            found=type(model).__name__,
-        )
+    writer = _generator(model)
     prompts = [task.prompt_of(row) for row in task.prepare(data).rows]  # type: ignore[union-attr]
     # Prompts of like length in one batch need the least padding.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     texts = [""] * len(prompts)
-    writer: Any = model
     settings = copy.deepcopy(config or writer.generation_config)
     settings.pad_token_id = task.tokenizer.pad_token_id
     settings.eos_token_id = task.tokenizer.eos_token_id
@@ -99,12 +223,26 @@ def score(
         )
     scores: dict[str, float] = {}
     for name in names:
-        if name not in SCORES:
-            raise ConfigurationError(
-                "The score is unknown", expected=" or ".join(SCORES), found=repr(name)
-            )
+        _check_score(name)
         scores.update(SCORES[name](list(predictions), several))
     return scores
+
+
+def _check_score(name: str) -> None:
+    if name not in SCORES:
+        raise ConfigurationError(
+            "The score is unknown", expected=" or ".join(SCORES), found=repr(name)
+        )
+
+
+def _generator(model: nn.Module) -> Any:
+    if not hasattr(model, "generate"):
+        raise ConfigurationError(
+            "The model cannot generate text",
+            expected="a model of transformers, with a method generate",
+            found=type(model).__name__,
+        )
+    return model
 
 
 Texts = list[str]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from string import Formatter
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,34 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedveil.errors import ConfigurationError, DataError
-from fedveil.training.tasks import Batch, Dataset, Measure, Prepared, column, column_names
+from fedveil.training.tasks import (
+    Batch,
+    Dataset,
+    Measure,
+    Prepared,
+    check_tokens,
+    column,
+    column_names,
+)
 
-__all__ = ["CausalLM", "Seq2Seq"]
+__all__ = ["CausalLM", "Question", "Seq2Seq", "columns_of"]
 
 IGNORED = -100
 """The label of a token that is not learned, as everywhere in transformers."""
+
+
+class Question(NamedTuple):
+    """A prompt of a test set, and all answers to it that are right.
+
+    Attributes:
+        row: The first row that asks it.
+        prompt: As it stands in the data: text, or messages.
+        references: At least one.
+    """
+
+    row: int
+    prompt: Any
+    references: list[str]
 
 
 class LanguageModelling:
@@ -28,6 +51,10 @@ class LanguageModelling:
     - ``messages``: a conversation, whose last message is the answer;
     - ``text`` (causal models only): all of it is learned.
 
+    Instead of a column, prompt and completion may be a template over columns, such as
+    ``"Summarize:\\n{dialogue}\\nSummary:"``. Lists become text there: items between " | ", those of
+    inner lists between " : ", as data-to-text sets are usually written out.
+
     Messages (``role`` and ``content``) are written by the tokenizer's chat template. Only the
     answer counts, with its end token; what is beyond ``max_length`` is cut off on the right.
 
@@ -36,13 +63,16 @@ class LanguageModelling:
         max_length: Tokens per row, prompt and answer together (for sequence-to-sequence models: of
             each).
         label_smoothing: Share of the target that is spread over all tokens, in training only.
-        prompt: The column of prompts.
-        completion: The column of answers.
+        prompt: The column of prompts, or a template.
+        completion: The column of answers, or a template.
         messages: The column of conversations.
         text: The column of plain texts.
+        references: Of a test set the column of all right answers to a prompt, as lists; without it
+            rows that ask the same are each other's.
 
     Raises:
-        ConfigurationError: The tokenizer has no padding token, or a number is impossible.
+        ConfigurationError: The tokenizer has no padding token, a number is impossible, or a
+            template is no template.
     """
 
     name: ClassVar[str]
@@ -59,6 +89,7 @@ class LanguageModelling:
         completion: str = "completion",
         messages: str = "messages",
         text: str = "text",
+        references: str | None = None,
     ) -> None:
         if getattr(tokenizer, "pad_token_id", None) is None:
             raise ConfigurationError(
@@ -79,7 +110,8 @@ class LanguageModelling:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.label_smoothing = label_smoothing
         self.prompt, self.completion = prompt, completion
-        self.messages, self.text = messages, text
+        self.messages, self.text, self.references = messages, text, references
+        self._prompt_fields, self._completion_fields = columns_of(prompt), columns_of(completion)
 
     def validate(self, data: Dataset) -> None:
         """Check every row, and that each has an answer.
@@ -102,6 +134,26 @@ class LanguageModelling:
             for number, (prompt, answer) in enumerate(self._pairs(data))
         ]
         return Prepared(rows, lengths=[len(row["input_ids"]) for row in rows])
+
+    def questions(self, data: Dataset) -> list[Question]:
+        """What a test set asks, each prompt once, in order of its first row.
+
+        Raises:
+            DataError: Rows are plain texts, which ask nothing, or a reference is no text.
+        """
+        pairs = list(enumerate(self._pairs(data)))
+        if not all(prompt for _, (prompt, _) in pairs):
+            raise DataError(
+                "plain texts ask nothing that could be answered",
+                expected="prompts and completions, or messages",
+                found="an empty prompt",
+            )
+        asked: dict[str, Question] = {}
+        for row, (prompt, answer) in pairs:
+            references = self._references(data, row, answer)
+            question = asked.setdefault(str(prompt), Question(row, prompt, []))
+            question.references.extend(text for text in references)
+        return list(asked.values())
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross entropy per answer token, in nats, computed in float32."""
@@ -144,10 +196,24 @@ class LanguageModelling:
         names = column_names(data)
         if self.messages in names:
             return [self._split(row, m) for row, m in enumerate(column(data, self.messages))]
-        if self.prompt in names or self.completion in names or not self.plain:
-            prompts = list(column(data, self.prompt))
-            return list(zip(prompts, column(data, self.completion), strict=True))
+        asked = {*self._prompt_fields, *self._completion_fields}
+        if not asked.isdisjoint(names) or not self.plain:
+            prompts = list(_cells(data, self.prompt, self._prompt_fields))
+            answers = _cells(data, self.completion, self._completion_fields)
+            return list(zip(prompts, answers, strict=True))
         return [("", text) for text in column(data, self.text)]  # says if there is none
+
+    def _references(self, data: Dataset, row: int, answer: Any) -> list[str]:
+        """All right answers that one row knows."""
+        if self.references is None:
+            text = str(_content(answer[-1])) if _are_messages(answer) else answer
+            return [text.strip()]
+        found = data[row].get(self.references)
+        if not _are_messages(found) or not found or not all(isinstance(t, str) for t in found):
+            raise _bad_row(
+                row, "has no references", "a list of texts", repr(found), self.references
+            )
+        return [text.strip() for text in found]
 
     def _split(self, row: int, messages: Any) -> tuple[Any, Any]:
         if not isinstance(messages, Sequence) or isinstance(messages, str) or len(messages) < 2:
@@ -233,7 +299,7 @@ class CausalLM(LanguageModelling):
 
     def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """See :class:`LanguageModelling`: each token is predicted from those before it."""
-        _check_length(model, batch["input_ids"].shape[1])
+        check_tokens(model, batch["input_ids"])
         logits = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **_uncached(model)
         ).logits
@@ -276,7 +342,8 @@ class Seq2Seq(LanguageModelling):
 
     def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """See :class:`LanguageModelling`."""
-        _check_length(model, max(batch["input_ids"].shape[1], batch["labels"].shape[1]))
+        check_tokens(model, batch["input_ids"])
+        check_tokens(model, batch["labels"])
         labels = batch["labels"]
         logits = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
@@ -326,15 +393,50 @@ def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
     return shifted.masked_fill(shifted == IGNORED, start if pad is None else pad)
 
 
-def _check_length(model: nn.Module, length: int) -> None:
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(longest, int) and length > longest:
-        raise DataError(
-            "a text is longer than the model can read",
-            expected=f"at most {longest} tokens",
-            found=str(length),
-            fix="Lower max_length of the task.",
+def columns_of(name: str) -> tuple[str, ...]:
+    """The columns that a template names; of a column its own name."""
+    if "{" not in name:
+        return (name,)
+    try:
+        pieces = list(Formatter().parse(name))
+    except ValueError as error:
+        raise _bad_template(name, str(error)) from error
+    fields = [field for _, field, form, how in pieces if field is not None and not (form or how)]
+    if not fields or len(fields) < sum(piece[1] is not None for piece in pieces) or "" in fields:
+        raise _bad_template(name, "no column in braces")
+    return tuple(dict.fromkeys(fields))
+
+
+def _bad_template(name: str, found: str) -> ConfigurationError:
+    return ConfigurationError(
+        "a template cannot be read",
+        expected='columns in braces, such as "Summarize: {dialogue}"; other braces doubled',
+        found=f"{found} in {name!r}",
+    )
+
+
+def _cells(data: Dataset, name: str, fields: Sequence[str]) -> Iterator[Any]:
+    """A column, or a template filled in for each row."""
+    if "{" not in name:
+        yield from column(data, name)
+        return
+    columns = [column(data, field) for field in fields]
+    for row, values in enumerate(zip(*columns, strict=True)):
+        for field, value in zip(fields, values, strict=True):
+            if value is None:
+                raise _bad_row(row, "lacks a value", "text", "an empty one", field)
+        texts = {field: _written(value) for field, value in zip(fields, values, strict=True)}
+        # What stands in braces is a name, whatever it looks like.
+        yield "".join(
+            literal + ("" if field is None else texts[field])
+            for literal, field, _, _ in Formatter().parse(name)
         )
+
+
+def _written(value: Any, between: str = " | ") -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return between.join(_written(item, " : ") for item in value)
+    return str(value)
 
 
 def _are_messages(value: Any) -> bool:

@@ -53,6 +53,9 @@ class Measure(NamedTuple):
     examples: int
     loss: float
     correct: int
+    classes: Tensor | None = None
+    """int64 [3, C], of classifiers: how often each class was found rightly, was found at all, and
+    was the label."""
 
 
 @runtime_checkable
@@ -105,8 +108,13 @@ class Classification:
         """Summed cross entropy in nats, and how many examples are classified correctly."""
         logits, labels = self._checked_logits(model, batch), batch["labels"]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(dim=-1) == labels).sum()
-        return Measure(len(labels), float(loss), int(correct))
+        found = logits.argmax(dim=-1)
+        right = found == labels
+        counts = [
+            torch.bincount(chosen, minlength=logits.shape[-1])
+            for chosen in (found[right], found, labels)
+        ]
+        return Measure(len(labels), float(loss), int(right.sum()), torch.stack(counts).cpu())
 
     def check_labels(self, data: Dataset) -> list[int]:
         """The labels of all rows; DataError names the first that is no class number."""
@@ -191,6 +199,43 @@ def missing_column(name: str, found: Sequence[str], row: int | None = None) -> D
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter is; the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """Tokens that a model can read at once; None if it does not say, or has no limit."""
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from beyond the padding token's number.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return min(longest, module.num_embeddings) - first
+    return longest
+
+
+def check_tokens(model: nn.Module, ids: Tensor) -> None:
+    """Raise DataError for tokens, int64 [B, L], that the model cannot read.
+
+    On a GPU the same would kill the process for good.
+    """
+    longest, length = longest_input(model), ids.shape[1]
+    if longest is not None and length > longest:
+        raise DataError(
+            "a text is longer than the model can read",
+            expected=f"at most {longest} tokens",
+            found=str(length),
+            fix="Lower max_length of the task.",
+        )
+    read = getattr(model, "get_input_embeddings", lambda: None)()
+    highest = int(ids.max()) if ids.numel() else 0
+    if isinstance(read, nn.Embedding) and highest >= read.num_embeddings:
+        raise DataError(
+            "a token is beyond the model's vocabulary",
+            expected=f"0 to {read.num_embeddings - 1}",
+            found=str(highest),
+            fix="Use the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer)).",
+        )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, DataError
-from fedveil.training.tasks import Batch, Classification, Dataset, Prepared, column
+from fedveil.training.tasks import (
+    Batch,
+    Classification,
+    Dataset,
+    Prepared,
+    check_tokens,
+    column,
+)
 
 __all__ = ["TextClassification"]
 
@@ -97,6 +104,7 @@ class TextClassification(Classification):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """The model's `logits` for the batch, shape [B, C]."""
+        check_tokens(model, batch["input_ids"])
         # The loss is computed here, in float32, not by the model: labels are left out.
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         logits = model(**inputs).logits
