@@ -242,6 +242,7 @@ class Federation:
             task=self._task,
             test=self._test,
             model=measured,
+            device=self.training.device,
             configuration=configuration,
             seed=self._seed,
             clients_per_round=self._clients_per_round,
@@ -347,7 +348,10 @@ class Federation:
     def workplace(self) -> Workplace:
         """What clients have, for who does their part: no weights, no secret."""
         side = self.scheme.client()
-        return Workplace(self._architecture(), side, self._task, self._trainers, self._test)
+        return Workplace(
+            self._architecture(), side, self._task, self._trainers, self._test,
+            device=self.training.device,
+        )  # fmt: skip
 
 
 def _name_clients(clients: Mapping[str, Rows] | Sequence[Rows]) -> dict[str, Rows]:

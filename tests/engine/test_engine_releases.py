@@ -140,7 +140,7 @@ def sample(seed, number, *, wanted=None, releases=None, records=(), clients=CLIE
         server=None, crew=None, clients=list(clients), remembers=False, task=None, test=None,
         model=None, configuration={}, seed=seed, clients_per_round=wanted, releases=releases,
         evaluation=None, folder=None, keep_messages=False, observer=None, manifest=None,
-        exposure_limit=None,
+        exposure_limit=None, device=None,
     )  # fmt: skip
     return engine._order(number, list(records))[: wanted or len(clients)]
 

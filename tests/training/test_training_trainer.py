@@ -12,8 +12,9 @@ from torch import nn
 from training_samples import images, perceptron, same, state
 
 import toys
+from fedveil import FedAvg, FedQSN
 from fedveil.errors import ConfigurationError, DataError, FedveilError, TrainingError
-from fedveil.training import ImageClassification, Trainer, Training, TrainingRecord
+from fedveil.training import ImageClassification, Trainer, Training, TrainingRecord, modes
 from fedveil.training.batches import Batches
 
 TASK = ImageClassification(num_labels=3)
@@ -279,3 +280,52 @@ class TestLessMemory:
     def test_impossible_settings(self, words):
         with pytest.raises(ConfigurationError, match=next(iter(words))):
             Training(**words)
+
+
+class TestDevices:
+    @pytest.fixture
+    def elsewhere(self, monkeypatch):
+        """Stands in for another device: tensors there have memory of their own."""
+        monkeypatch.setattr(modes, "check_device", lambda name: torch.float64)
+        return Training(epochs=2, batch_size=4, learning_rate=0.05, device="elsewhere")
+
+    def test_a_model_is_back_where_it_was_with_what_it_learned(self, elsewhere, monkeypatch):
+        monkeypatch.setattr("fedveil.training.trainer.check_device", lambda name: None)
+        here = Training(epochs=2, batch_size=4, learning_rate=0.05)
+        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3))
+        expected, _ = trained(copy.deepcopy(model), rows=images(18), training=here)
+        held = dict(model.state_dict())
+        places = {name: tensor.data_ptr() for name, tensor in held.items()}
+        trained(model, rows=images(18), training=elsewhere)
+        for name, tensor in model.state_dict().items():
+            assert tensor.data_ptr() == places[name]
+            assert tensor.dtype == expected.state_dict()[name].dtype
+            torch.testing.assert_close(tensor, expected.state_dict()[name])
+            assert torch.equal(held[name], tensor)
+
+    def test_tied_weights_stay_tied(self, elsewhere):
+        model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        model[1].weight = model[0].weight
+        with modes.on_device(model, "elsewhere"):
+            assert model[0].weight is model[1].weight
+            assert model[0].weight.dtype == torch.float64
+            model[0].weight.data += 1
+        assert model[1].weight.data_ptr() == model[0].weight.data_ptr()
+
+    def test_one_that_is_not_there_is_refused(self):
+        for name in ("cuda:97", "nowhere"):
+            with pytest.raises(ConfigurationError, match=r"no such device.*expected cpu"):
+                Trainer(TASK, images(2), Training(device=name))
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_a_federation_learns_the_same_on_a_gpu(self):
+        for scheme in (FedAvg(), FedQSN(client_mask=0.25)):
+            one, other = (
+                toys.federation(
+                    toys.mlp(), scheme=scheme, training=Training(steps=3, device=device)
+                ).run(2)
+                for device in (None, "cuda")
+            )
+            for name, tensor in toys.weights(other.global_model).items():
+                assert tensor.device.type == "cpu"
+                torch.testing.assert_close(tensor, toys.weights(one.global_model)[name])

@@ -27,6 +27,7 @@ from fedveil.training import (
     Trainer,
     answer,
 )
+from fedveil.training.modes import on_device
 from fedveil.training.tasks import longest_input
 
 __all__ = ["answer_test", "build", "build_workplace", "open_secret"]
@@ -123,7 +124,8 @@ def answer_test(config: Config, model: nn.Module) -> Answers:
         )
     task = _task(config, model, 0)
     assert isinstance(task, CausalLM | Seq2Seq)
-    return answer(model, task, test, config.generation)
+    with on_device(model, config.training.device):
+        return answer(model, task, test, config.generation)
 
 
 def open_secret(config: Config) -> Secret:

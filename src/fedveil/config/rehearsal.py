@@ -127,7 +127,7 @@ def _small_numbers(config: Config, folder: Path) -> Config:
         config,
         training=dataclasses.replace(
             training, steps=_STEPS, epochs=None, batch_size=batch,
-            gradient_accumulation_steps=pieces,
+            gradient_accumulation_steps=pieces, device=None,
         ),
         evaluation=dataclasses.replace(config.evaluation, proxies=1),
         generation=generation,

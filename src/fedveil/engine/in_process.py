@@ -27,6 +27,7 @@ from fedveil.engine.memory import ClientFiles
 from fedveil.errors import FedveilError, TrainingError
 from fedveil.schemes import ClientSide
 from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
+from fedveil.training.modes import on_device
 from fedveil.wire import Message
 
 __all__ = ["InTurn", "Pool", "Workplace", "start_importing", "work", "workers"]
@@ -38,7 +39,7 @@ class Workplace:
 
     ``architecture`` is a model whose weights were wiped; ``test`` is the owner's test set, lent to
     measure proxies in an experiment (real clients do not have it). ``memories`` is what clients
-    keep for themselves between rounds, if they do.
+    keep for themselves between rounds, if they do. ``device`` is where proxies are measured.
     """
 
     architecture: nn.Module
@@ -47,6 +48,7 @@ class Workplace:
     trainers: dict[str, Trainer]
     test: Prepared | None
     memories: ClientFiles | None = None
+    device: str | None = None
 
 
 def work(place: Workplace, job: Job, write: Callable[[Message], bytearray | memoryview]) -> Answer:
@@ -94,7 +96,8 @@ def _measure_received(place: Workplace, client: str, message: Message) -> Measur
 def _measure(place: Workplace) -> Measures | None:
     if place.test is None:
         return None
-    return evaluate(place.architecture, place.task, place.test)
+    with on_device(place.architecture, place.device):
+        return evaluate(place.architecture, place.task, place.test)
 
 
 @dataclass

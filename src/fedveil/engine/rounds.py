@@ -33,6 +33,7 @@ from fedveil.files import write_whole
 from fedveil.schemes import ServerSide, examples_of
 from fedveil.state import load_state
 from fedveil.training import Prepared, Task, evaluate
+from fedveil.training.modes import on_device
 from fedveil.wire import Message
 
 __all__ = ["CrewFactory", "Evaluation", "Rounds", "clear"]
@@ -92,6 +93,7 @@ class Rounds:
         task: What the model is for.
         test: The owner's test set; None measures nothing.
         model: The owner's model object, used to measure; its weights are overwritten.
+        device: Where it is measured; None where it is.
         configuration: What a checkpoint must agree with to be resumed.
         seed: Decides sampling, batch order and dropout; nothing secret.
         clients_per_round: How many clients take part in a round; None for all.
@@ -111,6 +113,7 @@ class Rounds:
     task: Task
     test: Prepared | None
     model: nn.Module
+    device: str | None
     configuration: Mapping[str, Any]
     seed: int
     clients_per_round: int | None
@@ -166,7 +169,7 @@ class Rounds:
         if self.test is None:
             return None
         # The workers are idle meanwhile, but as many threads as workers would add up otherwise.
-        with threads(_MEASURING_THREADS):
+        with threads(_MEASURING_THREADS), on_device(model, self.device):
             return evaluate(model, self.task, self.test)
 
     def _round(self, number: int, rounds: int, order: Sequence[str], clients: Crew) -> RoundRecord:

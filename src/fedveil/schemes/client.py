@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -378,6 +379,10 @@ def no_groups(model: nn.Module) -> tuple[UnitGroup, ...]:
     return ()
 
 
+def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
+    return gradient * mask.to(gradient.device)
+
+
 @contextmanager
 def _withheld_units_still(model: nn.Module, selection: Selection) -> Iterator[None]:
     """Zero the gradients of withheld elements, so that training cannot grow them anew."""
@@ -385,7 +390,7 @@ def _withheld_units_still(model: nn.Module, selection: Selection) -> Iterator[No
     for name, parameter in model.named_parameters():
         if selection.positions(name) and parameter.requires_grad:
             mask = selection.released(name, parameter.shape).to(parameter.dtype)
-            handles.append(parameter.register_hook(mask.__mul__))  # type: ignore[no-untyped-call]
+            handles.append(parameter.register_hook(partial(_masked, mask)))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

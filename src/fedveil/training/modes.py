@@ -10,7 +10,15 @@ from torch import nn
 
 from fedveil.errors import ConfigurationError
 
-__all__ = ["checkpointing", "evaluation_mode", "only_trainable", "seeded", "training_mode"]
+__all__ = [
+    "check_device",
+    "checkpointing",
+    "evaluation_mode",
+    "on_device",
+    "only_trainable",
+    "seeded",
+    "training_mode",
+]
 
 
 @contextmanager
@@ -42,6 +50,60 @@ def only_trainable(model: nn.Module, names: set[str]) -> Iterator[list[nn.Parame
         model.zero_grad(set_to_none=True)
         for parameter, required in before.items():
             parameter.requires_grad_(required)
+
+
+def check_device(name: str) -> torch.device:
+    """The device of a name, if this machine has it.
+
+    Raises:
+        ConfigurationError: It has not, or there is no such thing.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ConfigurationError(
+            "There is no such device on this machine",
+            expected=" or ".join(there),
+            found=repr(name),
+            where="Training.device",
+        ) from error
+    return device
+
+
+@contextmanager
+def on_device(model: nn.Module, name: str | None) -> Iterator[None]:
+    """The model's tensors are on a device inside; after, where they were, with their new values.
+
+    Whoever holds the model's tensors from before finds the new values in them. None leaves the
+    model where it is.
+
+    Raises:
+        ConfigurationError: There is no such device.
+    """
+    if name is None:
+        yield
+        return
+    device = check_device(name)
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [
+        (module, buffer_name, buffer)
+        for module in model.modules()
+        for buffer_name, buffer in module.named_buffers(recurse=False)
+    ]
+    for parameter, home in parameters:
+        parameter.data = home.to(device)
+    for module, buffer_name, home in buffers:
+        setattr(module, buffer_name, home.to(device))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, home in parameters:
+                parameter.data = home.copy_(parameter.data)
+            for module, buffer_name, home in buffers:
+                setattr(module, buffer_name, home.copy_(getattr(module, buffer_name)))
 
 
 _CHECKPOINTING = ("activation", "gradient")

@@ -43,6 +43,8 @@ class Training:
             after the other: less memory for the same gradient, but for rounding and BatchNorm.
         gradient_checkpointing: Compute activations twice instead of keeping them: less memory, more
             time. For models of transformers.
+        device: Where models train and are measured, such as "cuda"; None where they are. Everything
+            else of a federation is done on the CPU.
         frozen: Patterns (as in the shell, case-sensitive) of parameter names that clients leave
             alone, such as "*.embeddings.*".
 
@@ -62,6 +64,7 @@ class Training:
     max_grad_norm: float | None = 1.0
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    device: str | None = None
     frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from fedveil.errors import ConfigurationError, TrainingError
 from fedveil.training.batches import Batches, has_batch_norm
 from fedveil.training.modes import (
+    check_device,
     checkpointing,
     evaluation_mode,
+    on_device,
     only_trainable,
     seeded,
     training_mode,
@@ -72,9 +74,12 @@ class Trainer:
 
     Raises:
         DataError: The data cannot be used for the task.
+        ConfigurationError: This machine lacks the device.
     """
 
     def __init__(self, task: Task, data: Dataset | Prepared, training: Training) -> None:
+        if training.device is not None:
+            check_device(training.device)
         self.task, self.training = task, training
         self._data = task.prepare(data)
 
@@ -132,6 +137,10 @@ class Trainer:
             ConfigurationError: See `trainable`.
         """
         names = self.trainable(model)
+        with on_device(model, self.training.device):
+            return self._train(model, names, seed)
+
+    def _train(self, model: nn.Module, names: set[str], seed: int) -> TrainingRecord:
         batches = Batches(
             self.examples, self.training.batch_size, avoid_single=has_batch_norm(model)
         )
@@ -174,8 +183,8 @@ class Trainer:
         """
         count = min(examples, self.examples)
         chosen = [index * self.examples // count for index in range(count)]
-        device = device_of(model)
-        with evaluation_mode(model):
+        with on_device(model, self.training.device), evaluation_mode(model):
+            device = device_of(model)
             for start in range(0, count, batch_size):
                 rows = self._data.select(chosen[start : start + batch_size])
                 with seeded(seed + start, device):
