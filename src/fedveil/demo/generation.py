@@ -33,12 +33,14 @@ from fedveil.schemes import FedLPP, FedQSN, Scheme
 from fedveil.secret import Secret
 from fedveil.training import CausalLM, Prepared, Training, evaluate, generate
 
-__all__ = ["GENERATION_SCHEMES", "GenerationSetting", "run_generation_demo"]
+__all__ = ["GENERATION_SCHEMES", "GenerationSetting", "prepare", "run_generation_demo"]
 
 GENERATION_SCHEMES: Mapping[str, Scheme] = {
     "fedavg-lora": FedLPP(bits=None),
     "fedlpp": FedLPP(bits=2),
-    "fedqsn-lora": FedQSN(server_mask=0.02, client_mask=0.05, backbone="once", adapter_bits=4),
+    "fedqsn-lora": FedQSN(
+        server_mask=0.02, client_mask=0.05, bits=8, backbone="once", adapter_bits=4
+    ),
 }
 _TRAINING = Training(steps=8, batch_size=4, learning_rate=2e-3)
 _GENERATING_THREADS = 2
@@ -91,7 +93,7 @@ def run_generation_demo(
     console, setting = console or Console(), setting or GenerationSetting()
     with offline(), fast_matmul(), ConsoleProgress(console) as progress:
         with console.status("SmolLM2 is unpacked (once) and loaded"):
-            model, task, clients, test, shown = _prepare(setting)
+            model, task, clients, test, shown = prepare(setting)
         console.print(
             f"The owner has SmolLM2 (135 M parameters); {setting.clients} clients have "
             f"{setting.rows} headlines each, and teach it to write them.",
@@ -131,16 +133,17 @@ def run_generation_demo(
     console.print(f"figures: {out / 'results.json'}", soft_wrap=True)
 
 
-def _prepare(
-    setting: GenerationSetting,
+def prepare(
+    setting: GenerationSetting, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, CausalLM, dict[str, Prepared], Prepared, Sequence[Any]]:
+    """Model with its adapter, task, clients' rows, test set, and the rows that are shown."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = bbc_headlines().shuffle(seed=setting.seed)
     folder = smollm2_folder()
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        backbone = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        backbone = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         model = add_adapter(backbone, "causal-lm", setting.lora)
