@@ -76,8 +76,9 @@ def test_what_is_shipped_holds_together_and_leaves_nothing(call, path, tmp_path,
          '"query"'),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    ("dtype", "adapted"), [("float32", False), ("bfloat16", True)], ids=["whole", "lora"]
+)
 def test_families(call, tmp_path, name, task, family, layers, dtype, adapted):
     lora = LORA.format(layers) if adapted else ""
     path = write(tmp_path, name, task=task, model=lora, dtype=dtype)

@@ -242,12 +242,12 @@ def test_an_unknown_kind_of_model_is_named(tmp_path):
     file = write(tmp_path, "causal-lm")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_type": "xxyy"}))
-    with pytest.raises(FedveilError, match=r"model cannot be loaded.*xxyy"):
+    with pytest.raises(FedveilError, match=r"model in this folder cannot be loaded.*xxyy"):
         build(load_config(file))
 
 
 def test_a_model_for_another_task_is_named(tmp_path):
     file = write(tmp_path, "causal-lm")
     file.write_text(file.read_text().replace("causal-lm", "seq2seq"))
-    with pytest.raises(FedveilError, match=r"model cannot be loaded.*GPT2Config"):
+    with pytest.raises(ConfigurationError, match=r"a kind that this task.*found GPT2Config"):
         build(load_config(file))

@@ -299,7 +299,22 @@ def _explained(what: str, place: str) -> Iterator[None]:
                 where=place,
                 fix="Set `new_head = true` in [model] to start with a new one.",
             ) from error
-        first = text.splitlines()[0][:200] if text else ""
+        if "Unrecognized configuration class" in text:
+            raise ConfigurationError(
+                "The model is of a kind that this task has no use for",
+                expected="a model that transformers can load for the task",
+                found=text.split("'")[1].rpartition(".")[2] if "'" in text else text[:200],
+                where=place,
+                fix="Choose another `task` in [data], or another model.",
+            ) from error
+        first = text.splitlines()[0].split(". ")[0][:200] if text else ""
+        if Path(place).is_dir():
+            raise FedveilError(
+                f"The {what} in this folder cannot be loaded",
+                found=f"{type(error).__name__}: {first}".rstrip(".: "),
+                where=place,
+                fix="It should be as save_pretrained of an installed transformers writes it.",
+            ) from error
         raise FedveilError(
             f"The {what} cannot be loaded",
             found=f"{type(error).__name__}: {first}".rstrip(".: "),

@@ -87,6 +87,7 @@ class Generation:
                     "There is no such setting of generation",
                     expected="an attribute of transformers.GenerationConfig",
                     found=repr(name),
+                    where="[generation]",
                     fix=f"Did you mean {near[0]!r}?" if near else "",
                 )
             setattr(config, name, value)
@@ -96,7 +97,9 @@ class Generation:
                 config.validate()
         except (ValueError, TypeError) as error:
             raise ConfigurationError(
-                "A setting of generation is impossible", found=str(error).strip()[:200]
+                "A setting of generation is impossible",
+                found=str(error).strip()[:200],
+                where="[generation]",
             ) from error
         return config
 
