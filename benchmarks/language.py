@@ -2,6 +2,7 @@
 
     python benchmarks/language.py losses              # the second demo by more schemes; 25 minutes
     python benchmarks/language.py losses --seeds 3    # with other headlines, clients and adapters
+    python benchmarks/language.py audit               # what one client gets of two of them; 25 minutes
     python benchmarks/language.py speed               # training with LoRA beside plain PEFT
     python benchmarks/language.py large               # a round of models of 1.2 and 1.6 billion
 
@@ -18,6 +19,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fedveil
+from fedveil.audit import Evidence, audit
 from fedveil.config.models import add_adapter, quiet_transformers
 from fedveil.demo.generation import GenerationSetting, prepare
 from fedveil.demo.setting import fast_matmul, offline
@@ -50,6 +53,7 @@ LOSSES: dict[str, Scheme] = {
     "FedQSN + LoRA, 4 bit, 2 and 5 %": FedQSN(server_mask=0.02, client_mask=0.05, block=64, **ONCE),
     "FedQSN + LoRA, 4 bit, 10 and 30 %": FedQSN(server_mask=0.1, client_mask=0.3, block=64, **ONCE),
 }
+AUDITED = ("FedLPP, 2 bit", "FedQSN + LoRA, 8 bit, 2 and 5 %")
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 SPEED: dict[str, Scheme | None] = {
     "plain PEFT": None,
@@ -101,6 +105,23 @@ def losses(options: argparse.Namespace) -> list[dict[str, Any]]:
                 rows.append({**row, "first": first / 1e6, "later": last / 1e6})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
+
+
+def audits(options: argparse.Namespace) -> None:
+    """The sentence of an audit of some schemes, for one client and three."""
+    setting = GenerationSetting()
+    with offline(), fast_matmul():
+        model, task, clients, test, _ = prepare(setting)
+        for name in AUDITED:
+            with tempfile.TemporaryDirectory() as folder:
+                federation = fedveil.Federation(
+                    model, clients, task=task, scheme=LOSSES[name], training=setting.training,
+                    test=test, secret=SECRET, workers=options.workers, copy=False, out=folder,
+                    keep_messages="proxies", evaluation=Evaluation(every=0),
+                )  # fmt: skip
+                federation.run(setting.rounds)
+                found = audit(Evidence(folder), federation.stage())
+            print(f"{name}: {found.sentence}", flush=True)
 
 
 def losses_table(rows: list[dict[str, Any]]) -> Table:
@@ -269,7 +290,7 @@ def in_processes(options: argparse.Namespace, names: list[str]) -> dict[str, dic
 def main() -> None:
     """Measure what is asked for, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("what", choices=("losses", "speed", "large"))
+    parser.add_argument("what", choices=("losses", "audit", "speed", "large"))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device")
@@ -288,6 +309,8 @@ def main() -> None:
     console = Console(width=160)
     if options.what == "losses":
         console.print(losses_table(losses(options)))
+    elif options.what == "audit":
+        audits(options)
     elif options.what == "speed":
         console.print(speed_table(in_processes(options, list(SPEED))))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 
@@ -101,6 +102,32 @@ def exposed(rounds, dice):
             share += (0.9 - share) * dice.uniform(0.05, 0.7) * min(1, 8 / rounds)
             after[number] = share
     return ClientExposure(share, 4.4 * share, after, 0.3 * (0.9 - share))
+
+
+def in_nats(found):
+    """The same audit of a language model: losses are lower where accuracies are higher."""
+    return dataclasses.replace(
+        found,
+        metric="loss",
+        models={name: of_language(one) for name, one in found.models.items()},
+        attacks=[
+            dataclasses.replace(one, measures=of_language(one.measures)) for one in found.attacks
+        ],
+    )
+
+
+def of_language(measures):
+    return {**measures, "perplexity": math.exp(measures["loss"])}
+
+
+def spoken(lines):
+    """The same rounds of a language model."""
+    return [
+        dataclasses.replace(
+            one, measures={view: of_language(reached) for view, reached in one.measures.items()}
+        )
+        for one in lines
+    ]
 
 
 def records(clients=3, rounds=2, *, measured=True, failures=0, final=88.4):

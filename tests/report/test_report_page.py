@@ -20,6 +20,7 @@ from fedveil.errors import AuditError, CheckpointError, FedveilError
 from fedveil.report.curves import best
 from fedveil.report.heatmap import heat_map
 from fedveil.report.page import write_page
+from fedveil.training.metrics import metric_named
 
 CHROMIUM = shutil.which("chromium")
 
@@ -318,9 +319,9 @@ def test_loss_is_better_when_it_is_lower():
         attacked(name, ["a"], 1, "", accuracy, 50, 90)
         for name, accuracy in (("weak", 60.0), ("strong", 80.0), ("middle", 70.0))
     ]
-    assert best(attacks, "accuracy").attack == "strong"
-    assert best(attacks, "loss").attack == "strong"
-    assert best(attacks, "unheard-of") is None
+    assert best(attacks, metric_named("accuracy")).attack == "strong"
+    assert best(attacks, metric_named("loss")).attack == "strong"
+    assert best(attacks, metric_named("unheard-of")) is None
 
 
 def test_page_of_a_run_that_was_never_audited(pages):

@@ -4,12 +4,13 @@ It assumes an attacker who has all bytes of his coalition, the architecture, the
 the public base; only the federation secret is withheld from him.
 """
 
-from fedveil.audit.auditing import Stage, audit
+from fedveil.audit.auditing import audit
 from fedveil.audit.checks import check
 from fedveil.audit.evidence import Evidence, Kept, Proxy
 from fedveil.audit.exposure import Exposure
 from fedveil.audit.findings import Alarm, Attacked, Audit, ClientExposure, UpdateGuess
 from fedveil.audit.manifest import Manifest
+from fedveil.audit.stage import Stage
 
 __all__ = [
     "Alarm",

@@ -7,9 +7,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, nn
-
 from fedveil.audit.attacks import (
     Loot,
     UpdateGuess,
@@ -22,65 +19,24 @@ from fedveil.audit.attacks import (
     intersect,
     union,
 )  # fmt: skip
-from fedveil.audit.attacks.distillation import HasLogits
+from fedveil.audit.attacks.distillation import scores_of
 from fedveil.audit.checks import check
 from fedveil.audit.evidence import Evidence, Kept
 from fedveil.audit.exposure import Exposure
 from fedveil.audit.findings import Attacked, Audit, ClientExposure
+from fedveil.audit.stage import Stage, State
+from fedveil.audit.untrained import untrained
 from fedveil.audit.words import NOT_PROTECTED, sentence
 from fedveil.errors import AuditError, ConfigurationError
-from fedveil.state import load_state, read_state
-from fedveil.training import Prepared, Task, Training, evaluate
+from fedveil.training.metrics import Metric, metric_of
 
-__all__ = ["Stage", "audit"]
+__all__ = ["audit"]
 
-METRIC = "accuracy"
 QUICK, FULL = (1, 3), (1, 2, 3, 5, 10, 20, 50)
 """How many clients pool what they were sent: in a quick audit, and in a full one (also all)."""
 EFFORT = {False: 2, True: 6}
 """An attacker trains as many times longer than in the federation, at most, in a full audit."""
-_SOME = 1.0
-"""A gain of fewer points than this is no gain that a share could be taken of."""
-
-State = Mapping[str, Tensor]
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What the owner has: attacks are made with what attackers have, and measured with this.
-
-    Attributes:
-        model: The architecture; its weights are overwritten.
-        task: What it is for.
-        test: The owner's test set.
-        training: How clients train; attackers do as well.
-        data: What each client has: an attacker has his own.
-        models: ``global`` (the final one), ``base`` and perhaps ``server_model``.
-        public: A model that anybody can get, of the same architecture; None if there is none.
-        seed: Decides what attackers leave to chance.
-    """
-
-    model: nn.Module
-    task: Task
-    test: Prepared
-    training: Training
-    data: Mapping[str, Prepared]
-    models: Mapping[str, State]
-    public: State | None = None
-    seed: int = 0
-
-    def measure(self, state: State) -> dict[str, float]:
-        """What a model reaches on the owner's test set."""
-        load_state(self.model, state)
-        return evaluate(self.model, self.task, self.test)
-
-    def pooled(self, clients: Sequence[str]) -> Prepared:
-        """What a coalition has."""
-        sets = [self.data[client] for client in clients]
-        rows = [row for data in sets for row in data.select(range(len(data)))]
-        lengths = [n for client in clients for n in self.data[client].lengths or ()]
-        return Prepared(rows, lengths if len(lengths) == len(rows) else None)
 
 
 def audit(
@@ -104,13 +60,14 @@ def audit(
 
     Raises:
         AuditError: Messages are damaged, or of another run.
-        ConfigurationError: A coalition of no client, or less.
+        ConfigurationError: A coalition of no client, or less; a task with a metric that models are
+            not measured by.
 
     What it does NOT show: what a better attacker would reach. It is a floor under the leak, not a
     bound on it.
     """
     started, sizes = time.perf_counter(), _sizes(coalitions, full)
-    attempt = _Attempt(evidence, stage, full, tell)
+    attempt = _Attempt(evidence, stage, full, tell, metric_of(stage.task))
     alarms = check(evidence, tell)
     tell("what each client was shown")
     attempt.measure_models()
@@ -125,7 +82,7 @@ def audit(
         sentence="",
         scheme=dict(evidence.manifest.configuration.get("scheme", {})),
         rounds=len(evidence.rounds),
-        metric=METRIC,
+        metric=attempt.metric.name,
         models=attempt.models,
         attacks=attempt.found,
         alarms=alarms,
@@ -148,6 +105,7 @@ class _Attempt:
     stage: Stage
     full: bool
     tell: Tell
+    metric: Metric
     models: dict[str, dict[str, float]] = field(default_factory=dict)
     own: dict[tuple[str, ...], dict[str, float]] = field(default_factory=dict)
     found: list[Attacked] = field(default_factory=list)
@@ -184,22 +142,19 @@ class _Attempt:
         if public is not None:
             self._learn_alone(clients, sent, public, "public")
         if public is None or self.full:
-            self._learn_alone(clients, sent, _fresh(self.stage), "nothing")
+            self._learn_alone(clients, sent, self._untrained(), "nothing")
 
     def _learn_alone(
         self, clients: tuple[str, ...], sent: Sequence[Kept], start: State, origin: str
     ) -> None:
         stage, who = self.stage, _who(clients)
         healed = heal(
-            stage.model, stage.task, stage.pooled(clients), stage.training, start,
+            stage.model, stage.task, stage.pooled(clients), stage.training, stage.whole(start),
             rounds=self._rounds(sent), seed=stage.seed,
             tell=lambda text: self.tell(f"{who}: own data alone, {text}"),
         )  # fmt: skip
-        tried = [stage.measure(start), stage.measure(healed.state)]
-        reached = max(tried, key=lambda measures: measures[METRIC])
-        self.own[clients] = max(
-            reached, self.own.get(clients, reached), key=lambda measures: measures[METRIC]
-        )
+        reached = self._better(stage.measure(start), stage.measure(healed.state))
+        self.own[clients] = self._better(reached, self.own.get(clients, reached))
         self.found.append(
             Attacked(
                 "own data alone", clients, 0, False, origin, "healing", reached,
@@ -213,16 +168,17 @@ class _Attempt:
         """Fill what is missing in every way that there is; the best, and how it was filled."""
         ways = ["zeros"] if self.stage.public is None or loot.share() == 1 else ["zeros", "public"]
         tried = [(*self._fill(name, clients, sent, loot, holes), holes) for holes in ways]
-        _, stolen, holes = max(tried, key=lambda one: one[0])
+        # The best of what was measured: there is always one, as every measure is a number.
+        _, stolen, holes = self.metric.best(tried, lambda one: one[0]) or tried[0]
         return stolen, holes
 
     def _fill(
         self, name: str, clients: tuple[str, ...], sent: Sequence[Kept], loot: Loot, holes: str
-    ) -> tuple[float, State]:
+    ) -> tuple[dict[str, float], State]:
         """What comes of zeros, or of the public model, in the place of what is missing."""
         filling = self.stage.public if holes == "public" else None
         stolen = fill(loot, self.evidence.manifest, filling)
-        return self._note(name, clients, sent, loot, stolen, holes, "")[METRIC], stolen
+        return self._note(name, clients, sent, loot, stolen, holes, ""), stolen
 
     def _train(
         self,
@@ -234,16 +190,16 @@ class _Attempt:
         holes: str,
     ) -> None:
         stage, who = self.stage, _who(clients)
-        data = stage.pooled(clients)
+        data, start = stage.pooled(clients), stage.whole(start)
         healed = heal(
             stage.model, stage.task, data, stage.training, start, rounds=self._rounds(sent),
             seed=stage.seed, tell=lambda text: self.tell(f"{who}: healing, {text}"),
         )  # fmt: skip
         self._note(name, clients, sent, loot, healed.state, holes, "healing")
-        if self.full and isinstance(stage.task, HasLogits):
-            student = stage.public if stage.public is not None else _fresh(stage)
+        if self.full and scores_of(stage.task) is not None:
+            student = stage.public if stage.public is not None else self._untrained()
             taught = distil(
-                stage.model, stage.task, data, stage.training, start, student,
+                stage.model, stage.task, data, stage.training, start, stage.whole(student),
                 rounds=self._rounds(sent), seed=stage.seed,
                 tell=lambda text: self.tell(f"{who}: distilling, {text}"),
             )  # fmt: skip
@@ -262,8 +218,7 @@ class _Attempt:
         self.tell(f"{_who(clients)}: measuring {name}, holes: {holes}")
         measures = self.stage.measure(stolen)
         released, withheld = _errors(stolen, self.stage.models["global"], loot)
-        own, top = self.own[clients][METRIC], self.models["global"][METRIC]
-        leak = (measures[METRIC] - own) / (top - own) if top - own >= _SOME else None
+        leak = self._share(measures, self.own[clients])
         self.found.append(
             Attacked(
                 name, clients, len({kept.round for kept in sent}), True, holes, polish, measures,
@@ -273,8 +228,21 @@ class _Attempt:
         return measures
 
     def _gain(self, measures: Mapping[str, float]) -> float | None:
-        base, top = self.models["base"][METRIC], self.models["global"][METRIC]
-        return (measures[METRIC] - base) / (top - base) if top - base >= _SOME else None
+        return self._share(measures, self.models["base"])
+
+    def _share(self, measures: Mapping[str, float], start: Mapping[str, float]) -> float | None:
+        """How far on the way from a start to the owner's model."""
+        name = self.metric.name
+        return self.metric.share(measures[name], start[name], self.models["global"][name])
+
+    def _better(self, one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+        """What reaches more; the first of two alike."""
+        name = self.metric.name
+        return other if self.metric.lead(other[name], one[name]) > 0 else one
+
+    def _untrained(self) -> State:
+        """What an attacker begins with who has no public model."""
+        return untrained(self.stage.model, self.stage.models["global"], self.stage.seed)
 
     def _rounds(self, sent: Sequence[Kept]) -> int:
         """For how many rounds' work an attacker trains at most."""
@@ -384,15 +352,6 @@ def _bytes(evidence: Evidence) -> dict[str, int]:
     for kept in evidence.proxies():
         sent[kept.client] += kept.path.stat().st_size
     return sent
-
-
-def _fresh(stage: Stage) -> State:
-    """An untrained model: what an attacker begins with who has no public one."""
-    torch.manual_seed(stage.seed)
-    for module in stage.model.modules():
-        if callable(reset := getattr(module, "reset_parameters", None)):
-            reset()
-    return {name: tensor.clone() for name, tensor in read_state(stage.model).items()}
 
 
 def _who(clients: Sequence[str]) -> str:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedveil.errors import AuditError
 from fedveil.files import read_record, write_whole
+from fedveil.training.metrics import metric_named
 
-__all__ = ["Alarm", "Attacked", "Audit", "ClientExposure", "UpdateGuess"]
+__all__ = ["Alarm", "Attacked", "Audit", "ClientExposure", "UpdateGuess", "furthest"]
 
 FORMAT = 1
 NAME = "audit.json"
 
 Measures = Mapping[str, float]
-"""On the owner's test set: ``accuracy`` in percent and ``loss`` in nats."""
+"""On the owner's test set: ``accuracy`` in percent and ``loss`` in nats; of language models both
+per answer token, and ``perplexity``."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Attacked:
         holes: What stands where nothing was released: "zeros", "public" or "base".
         polish: What was done afterwards: "" or "healing" or "distillation".
         measures: What the stolen model reaches.
-        leak: ``(attack - own) / (global - own)``; None where it means nothing.
+        leak: ``(attack - own) / (global - own)``, which is the same share whether more is better
+            or, as of losses, less; None where it means nothing.
         gain_shown: ``(attack - base) / (global - base)``; None where it means nothing.
         error_released: Relative error of the weights on released units,
             ``|stolen - global| / |global|``; None without weights to compare.
@@ -112,7 +115,7 @@ class Audit:
         sentence: The answer to "what did my partners learn of my model?", in words.
         scheme: Its name and settings.
         rounds: Rounds that the audited messages are of.
-        metric: Which measure leaks are computed from.
+        metric: Which measure leaks are computed from: "accuracy" or, of language models, "loss".
         models: Measures of the owner's models: ``base``, ``public``, ``global``, ``server_model``.
         attacks: All attacks, strongest last within their kind.
         alarms: All checks of the messages.
@@ -144,8 +147,7 @@ class Audit:
     @property
     def strongest(self) -> Attacked | None:
         """The attack that got furthest with released bytes."""
-        tried = [a for a in self.attacks if a.released and self.metric in a.measures]
-        return max(tried, key=lambda attack: attack.measures[self.metric], default=None)
+        return furthest((attack for attack in self.attacks if attack.released), self.metric)
 
     @property
     def own(self) -> Measures:
@@ -155,14 +157,9 @@ class Audit:
 
     def own_of(self, clients: tuple[str, ...]) -> Measures | None:
         """The best that some clients reach without a released byte; None if it was not tried."""
-        tried = (
-            attack.measures
-            for attack in self.attacks
-            if not attack.released
-            and attack.clients == tuple(clients)
-            and self.metric in attack.measures
-        )
-        return max(tried, key=lambda measures: measures[self.metric], default=None)
+        alone = (a for a in self.attacks if not a.released and a.clients == tuple(clients))
+        best = furthest(alone, self.metric)
+        return None if best is None else best.measures
 
     def write(self, folder: Path) -> Path:
         """Write ``audit.json``, whole or not at all; returns its path.
@@ -204,6 +201,11 @@ class Audit:
                 "inferred": [UpdateGuess(**guess) for guess in values["inferred"]],
             }
         )
+
+
+def furthest(attacks: Iterable[Attacked], metric: str) -> Attacked | None:
+    """The attack that got furthest, by the metric of this name; None if none was measured."""
+    return metric_named(metric).best(attacks, lambda attack: attack.measures)
 
 
 def _by_number(values: Mapping[str, float]) -> dict[int, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from fedveil.audit.findings import Attacked, Audit
+from fedveil.audit.findings import Attacked, Audit, furthest
+from fedveil.training.metrics import metric_named
 
 __all__ = ["NOT_PROTECTED", "sentence", "title"]
 
@@ -44,9 +45,11 @@ def title(attack: Attacked) -> str:
 
 def sentence(audit: Audit) -> str:
     """The answer to "what did my partners learn of my model?"."""
-    top = audit.models["global"][audit.metric]
+    metric = metric_named(audit.metric)
+    top = metric.words(audit.models["global"], at_length=True)
     alone, together = _strongest_of(audit, 1), audit.strongest
-    text = f"Your model reaches {top:.1f} %, your base {audit.models['base'][audit.metric]:.1f} %."
+    text = f"Your model reaches {top}, your base {metric.words(audit.models['base'])}"
+    text += "; lower is better." if metric.lower_is_better else "."
     if alone is not None:
         text += f" With what it was sent the best-informed client gets to {_reached(audit, alone)}."
     if alone is not None and together is not None and len(together.clients) > 1:
@@ -60,11 +63,12 @@ def sentence(audit: Audit) -> str:
 
 def _reached(audit: Audit, attack: Attacked) -> str:
     """How far an attack got, and how far the same clients get without it."""
-    text = f"{attack.measures[audit.metric]:.1f} %"
+    metric = metric_named(audit.metric)
+    text = metric.words(attack.measures)
     own = audit.own_of(attack.clients)
     if own is None:
         return text
-    alone = f"{own[audit.metric]:.1f} %"
+    alone = metric.words(own)
     if attack.leak is not None and attack.leak < _NOTHING:
         return f"{text}, no further than without a released byte ({alone})"
     if attack.leak is None:
@@ -79,5 +83,5 @@ def _reached(audit: Audit, attack: Attacked) -> str:
 
 
 def _strongest_of(audit: Audit, clients: int) -> Attacked | None:
-    tried = [a for a in audit.attacks if a.released and len(a.clients) == clients]
-    return max(tried, key=lambda attack: attack.measures[audit.metric], default=None)
+    tried = (a for a in audit.attacks if a.released and len(a.clients) == clients)
+    return furthest(tried, audit.metric)

@@ -24,8 +24,9 @@ class RoundRecord:
         loss_first: Loss of each client's first batch, in nats.
         loss_last: Loss of each client's last batch, in nats.
         measures: On the owner's test set: ``global``, ``server_model``, ``proxy_before`` and
-            ``proxy_after`` (the last two means over the measured clients), each with ``accuracy``
-            in percent and ``loss`` in nats.
+            ``proxy_after`` (the last two means over the measured clients), each with what
+            :func:`~fedveil.training.evaluate` returns: ``accuracy`` in percent, ``loss`` in nats,
+            and "f1" of classifiers or "perplexity" of language models.
         metrics: What the scheme reports of the round.
         exposed: Share of the model's parameters, from 0 to 1, that each client of the round was
             shown so far in all rounds together; see :class:`~fedveil.audit.Exposure`.

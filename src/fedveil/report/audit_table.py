@@ -11,6 +11,8 @@ from rich.text import Text
 from fedveil.audit import Attacked, Audit
 from fedveil.audit.tracing import Match, Trace
 from fedveil.audit.words import title
+from fedveil.report.words import human_measure
+from fedveil.training.metrics import Metric, metric_named
 
 __all__ = ["alarm_lines", "attack_table", "inferred_line", "trace_table"]
 
@@ -20,21 +22,22 @@ _HIGH = 99
 
 def attack_table(audit: Audit) -> Table:
     """One line per attack with all that was sent; the strongest of each coalition is bold."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    metric = metric_named(audit.metric)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, caption_justify="left", caption_style="")
+    if metric.lower_is_better:
+        table.caption = Text(f"{metric.caption.capitalize()}.")
     table.add_column("Attackers")
     table.add_column("What they do", overflow="fold")
-    for name in ("Rounds", audit.metric.capitalize(), "Leak", "Gain shown"):
+    for name in ("Rounds", metric.name.capitalize(), "Leak", "Gain shown"):
         table.add_column(name, justify="right")
     for clients in dict.fromkeys(attack.clients for attack in audit.attacks):
         tried = [attack for attack in audit.attacks if attack.clients == clients]
         rounds = max(attack.rounds for attack in tried)
         shown = [attack for attack in tried if attack.rounds in (0, rounds)]
-        best = max(shown, key=lambda attack: attack.measures[audit.metric])
+        best = metric.best(shown, lambda attack: attack.measures)
         for number, attack in enumerate(shown):
             who = _who(clients) if number == 0 else ""
-            table.add_row(
-                who, *_cells(attack, audit.metric), style="bold" if attack is best else ""
-            )
+            table.add_row(who, *_cells(attack, metric), style="bold" if attack is best else "")
     return table
 
 
@@ -87,11 +90,11 @@ def inferred_line(audit: Audit) -> str | None:
     )
 
 
-def _cells(attack: Attacked, metric: str) -> tuple[str, str, str, str, str]:
+def _cells(attack: Attacked, metric: Metric) -> tuple[str, str, str, str, str]:
     return (
         title(attack),
         str(attack.rounds) if attack.rounds else "–",
-        f"{attack.measures[metric]:.1f}",
+        human_measure(metric.of(attack.measures), metric, sign=False),
         _share(attack.leak if attack.released else None),
         _share(attack.gain_shown),
     )

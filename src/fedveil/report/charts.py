@@ -60,7 +60,7 @@ class Chart:
         title: What it shows.
         x: What runs from left to right.
         y: What runs upwards, with its unit.
-        form: How values are written: "percent", "bytes" or "" for a plain number.
+        form: How values are written: "percent", "nats", "bytes" or "" for a plain number.
         from_zero: Whether y begins at 0.
     """
 
@@ -89,7 +89,7 @@ def draw(chart: Chart, lines: Sequence[Line], reading: str) -> Html:
     for line, look in zip(lines, looks, strict=True):
         _draw_line(axes, line, look)
     ends = [f"{line.name}: {_value(line.points[-1][1], chart)}" for line in lines]
-    described = f"{chart.y} against {chart.x}. Last values: {'; '.join(ends)}."
+    described = f"{' '.join(chart.y.split())} against {chart.x}. Last values: {'; '.join(ends)}."
     return tag(
         "figure",
         tag("h3", chart.title),
@@ -165,6 +165,8 @@ def _value(value: float, chart: Chart, *, tick: bool = False) -> str:
         return human_bytes(value)
     if chart.form == "percent":
         return f"{value:g}" if tick else f"{value:.1f} %"
+    if chart.form == "nats":
+        return f"{value:g}" if tick else f"{value:.3f} nats"
     return f"{value:.3g}"
 
 

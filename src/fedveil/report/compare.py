@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.errors import ConfigurationError
-from fedveil.report.curves import best, reach
+from fedveil.report.curves import best
 from fedveil.report.run_folder import RunFolder
+from fedveil.training.metrics import Metric, metric_in
 
 __all__ = ["Compared", "Comparison", "Value", "compare", "mean_of", "values_of"]
 
@@ -70,7 +71,8 @@ class Comparison:
 
     Attributes:
         runs: Those of one label follow one another.
-        metric: Which measure they are compared by.
+        metric: The name of the measure that they are compared by; see
+            :func:`~fedveil.training.metrics.metric_named`.
         notes: What to know before believing it, a sentence each.
     """
 
@@ -117,7 +119,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     rows = [_compared(run, label, metric) for run, label in zip(runs, labels, strict=True)]
     order = list(dict.fromkeys(labels))
     rows.sort(key=lambda row: order.index(row.label))
-    return Comparison(tuple(rows), metric, tuple(_notes(runs)))
+    return Comparison(tuple(rows), metric.name, tuple(_notes(runs)))
 
 
 def values_of(runs: Sequence[Compared], value: Value) -> list[float]:
@@ -130,10 +132,10 @@ def mean_of(runs: Sequence[Compared], value: Value) -> float | None:
     return _mean(values_of(runs, value))
 
 
-def _compared(run: RunFolder, label: str, metric: str) -> Compared:
+def _compared(run: RunFolder, label: str, metric: Metric) -> Compared:
     audit = run.audit
     last = run.records[-1].measures.get("global", {}) if run.records else {}
-    final = reach(audit.models.get("global", {}), metric) if audit else None
+    final = metric.of(audit.models.get("global", {})) if audit else None
     strongest = best([a for a in audit.attacks if a.released], metric) if audit else None
     shown = [one.share for one in run.exposure.values()]
     return Compared(
@@ -142,10 +144,10 @@ def _compared(run: RunFolder, label: str, metric: str) -> Compared:
         seed=run.manifest.configuration.get("seed"),
         rounds=run.rounds,
         audited=audit is not None,
-        final=reach(last, metric) if final is None else final,
+        final=metric.of(last) if final is None else final,
         base=_base(run, metric),
-        own=reach(audit.own, metric) if audit else None,
-        attack=reach(strongest.measures, metric) if strongest else None,
+        own=metric.of(audit.own) if audit else None,
+        attack=metric.of(strongest.measures) if strongest else None,
         attack_name=strongest.attack if strongest else "",
         leak=strongest.leak if strongest else None,
         gain_shown=strongest.gain_shown if strongest else None,
@@ -155,22 +157,22 @@ def _compared(run: RunFolder, label: str, metric: str) -> Compared:
     )
 
 
-def _base(run: RunFolder, metric: str) -> float | None:
+def _base(run: RunFolder, metric: Metric) -> float | None:
     if run.audit is not None:
-        return reach(run.audit.models.get("base", {}), metric)
-    return run.figures.get("base") if metric == "accuracy" else None
+        return metric.of(run.audit.models.get("base", {}))
+    return run.figure("base") if run.metric == metric else None
 
 
-def _metric(runs: Sequence[RunFolder]) -> str:
-    found = {run.metric: run.name for run in runs if run.audit is not None}
+def _metric(runs: Sequence[RunFolder]) -> Metric:
+    found = {run.metric: run.name for run in runs if run.is_measured}
     if len(found) > 1:
         raise ConfigurationError(
-            "The runs were audited by different measures",
+            "The runs are judged by different measures",
             expected="one measure for all",
-            found=", ".join(f"{metric} in {name}" for metric, name in sorted(found.items())),
+            found=", ".join(sorted(f"{metric.name} in {name}" for metric, name in found.items())),
             fix="Compare runs of one task, or audit them again by one measure.",
         )
-    return next(iter(found), "accuracy")
+    return next(iter(found), metric_in())
 
 
 def _check_different(folders: Sequence[Path]) -> None:
@@ -197,7 +199,7 @@ def _check_task(first: RunFolder, other: RunFolder) -> None:
         )
 
 
-def _check_base(run: RunFolder, other: RunFolder, metric: str) -> None:
+def _check_base(run: RunFolder, other: RunFolder, metric: Metric) -> None:
     """One base has one result on one test set."""
     if run.manifest.configuration.get("model") != other.manifest.configuration.get("model"):
         return
@@ -206,8 +208,8 @@ def _check_base(run: RunFolder, other: RunFolder, metric: str) -> None:
         return
     raise ConfigurationError(
         "The runs were measured on different test sets: the same base reaches something else",
-        expected=f"{metric} {ours:.2f}, as in {run.folder}",
-        found=f"{theirs:.2f}",
+        expected=f"{metric.name} {metric.exact(ours)}, as in {run.folder}",
+        found=metric.exact(theirs),
         where=str(other.folder),
         fix="Audit all of them with one test set.",
     )

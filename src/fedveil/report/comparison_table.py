@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedveil.report.compare import Compared, Comparison, Value, mean_of, values_of
-from fedveil.report.curves import human_measure
-from fedveil.report.words import DASH, human_bytes, human_percent
+from fedveil.report.words import DASH, human_bytes, human_measure, human_percent
+from fedveil.training.metrics import metric_named
 
 __all__ = ["comparison_table"]
 
@@ -90,8 +90,7 @@ def _means(runs: Sequence[Compared], metric: str) -> list[str]:
 
 
 def _caption(comparison: Comparison) -> Text:
-    unit = {"accuracy": "accuracy in %", "loss": "loss in nats, lower is better"}
-    first = f"Base, own, global and attack: {unit.get(comparison.metric, comparison.metric)}."
+    first = f"Base, own, global and attack: {metric_named(comparison.metric).caption}."
     lines = [Text(), Text(first)]
     lines += [Text.assemble((term, "bold"), ": ", meaning) for term, meaning in _CAPTION]
     lines += [Text(note, style="yellow") for note in comparison.notes]
@@ -99,7 +98,7 @@ def _caption(comparison: Comparison) -> Text:
 
 
 def _bare(value: float | None, metric: str) -> str:
-    return human_measure(value, metric).removesuffix(" %")
+    return human_measure(value, metric_named(metric), sign=False)
 
 
 def _percent(value: float | None) -> str:

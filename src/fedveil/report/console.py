@@ -18,12 +18,13 @@ from rich.text import Text
 
 from fedveil.engine import Observer, RoundRecord
 from fedveil.report.words import human_bytes, human_percent, human_seconds
+from fedveil.training.metrics import metric_in
 
 __all__ = ["ConsoleProgress"]
 
 
 class ConsoleProgress(Observer):
-    """Shows rounds, clients and the accuracy so far; names clients that failed, and why.
+    """Shows rounds, clients and how good the model is so far; names clients that failed, and why.
 
     On a terminal a bar moves below one line per round. Elsewhere (a file, a pipe, a log) there are
     only the lines, without control characters. Use it as a context manager so that the bar goes
@@ -131,9 +132,10 @@ class ConsoleProgress(Observer):
 
 def _reached(measures: Mapping[str, float]) -> str:
     """What a model reached: of a language model its loss, of others their accuracy."""
-    if "perplexity" in measures:
-        return f"loss {measures['loss']:.3f}"
-    return human_percent(measures["accuracy"], sign=True)
+    metric = metric_in(measures)
+    if metric.lower_is_better:
+        return f"{metric.name} {metric.figure(measures[metric.name])}"
+    return metric.text(measures[metric.name])
 
 
 def _line(record: RoundRecord, rounds: int) -> str:

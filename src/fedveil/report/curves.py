@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 from fedveil.audit import Attacked
 from fedveil.report.run_folder import RunFolder
-from fedveil.report.words import DASH, human_percent
+from fedveil.training.metrics import Metric, metric_named
 
 __all__ = [
-    "MOST_ATTACKS", "Line", "attack_name", "best", "byte_lines", "coalition_lines",
-    "human_measure", "loss_lines", "reach", "round_lines",
+    "MOST_ATTACKS", "Line", "attack_name", "best", "byte_lines", "coalition_lines", "loss_lines",
+    "round_lines",
 ]  # fmt: skip
+
+_LOSS = metric_named("loss")
 
 _VIEWS = {
     "global": "global model (never leaves the owner)",
@@ -45,28 +47,9 @@ class Line:
     is_level: bool = False
 
 
-def reach(measures: Mapping[str, float], metric: str) -> float | None:
-    """What a model reaches, or None if that was not measured or is no number."""
-    value = measures.get(metric)
-    return value if value is not None and math.isfinite(value) else None
-
-
-def human_measure(value: float | None, metric: str) -> str:
-    """A measure with its unit, such as "88.0 %"."""
-    if value is None:
-        return DASH
-    return human_percent(value, sign=True) if metric == "accuracy" else f"{value:.3f}"
-
-
-def best(attacks: Iterable[Attacked], metric: str) -> Attacked | None:
+def best(attacks: Iterable[Attacked], metric: Metric) -> Attacked | None:
     """The attack that got furthest; None if none was measured."""
-    sign = -1 if metric == "loss" else 1
-    measured = [
-        (sign * value, attack)
-        for attack in attacks
-        if (value := reach(attack.measures, metric)) is not None
-    ]
-    return max(measured, key=lambda pair: pair[0], default=(0.0, None))[1]
+    return metric.best(attacks, lambda attack: attack.measures)
 
 
 def attack_name(attack: Attacked) -> str:
@@ -79,15 +62,14 @@ def round_lines(run: RunFolder) -> list[Line]:
     lines = []
     for view, name in _VIEWS.items():
         measured = (
-            (record.round, reach(record.measures.get(view, {}), run.metric))
-            for record in run.records
+            (record.round, run.metric.of(record.measures.get(view, {}))) for record in run.records
         )
         lines.append(Line(name, view, _points(measured)))
     if not lines[0].points:  # the run measured nothing, its audit perhaps did
         lines = _final(run)
     single = [attack for attack in _attacks(run) if len(attack.clients) == 1]
     lines += _attackers(single, run.metric, lambda attack: attack.rounds)
-    alone = dict(_alone(run)).get(1, reach(run.audit.own, run.metric) if run.audit else None)
+    alone = dict(_alone(run)).get(1, run.metric.of(run.audit.own) if run.audit else None)
     own = _level("attacker without a released byte", "own", alone)
     return _drawn([*lines, *_levels(run), own])
 
@@ -113,7 +95,7 @@ def loss_lines(run: RunFolder) -> list[Line]:
         for when, field in (("first", "loss_first"), ("last", "loss_last"))
     ]
     for view, name in (("global", "global model"), ("server_model", "server model")):
-        measured = ((r.round, reach(r.measures.get(view, {}), "loss")) for r in run.records)
+        measured = ((r.round, _LOSS.of(r.measures.get(view, {}))) for r in run.records)
         lines.append(Line(f"{name}, test set", view, _points(measured)))
     return _drawn(lines)
 
@@ -134,7 +116,7 @@ def _attacks(run: RunFolder) -> list[Attacked]:
 
 
 def _attackers(
-    attacks: Iterable[Attacked], metric: str, place: Callable[[Attacked], float]
+    attacks: Iterable[Attacked], metric: Metric, place: Callable[[Attacked], float]
 ) -> list[Line]:
     """One line per kind of attack: the best of its kind at each place."""
     kinds: dict[str, dict[float, list[Attacked]]] = defaultdict(lambda: defaultdict(list))
@@ -143,15 +125,14 @@ def _attackers(
     lines = []
     for name, places in kinds.items():
         strongest = ((x, best(some, metric)) for x, some in sorted(places.items()))
-        points = _points((x, reach(a.measures, metric)) for x, a in strongest if a is not None)
+        points = _points((x, metric.of(a.measures)) for x, a in strongest if a is not None)
         lines.append(Line(f"attack: {name}", "attack", points))
     return _furthest(_drawn(lines), metric)
 
 
-def _furthest(lines: list[Line], metric: str) -> list[Line]:
+def _furthest(lines: list[Line], metric: Metric) -> list[Line]:
     """The few that end furthest: more could not be told apart."""
-    sign = 1 if metric == "loss" else -1
-    return sorted(lines, key=lambda line: sign * line.points[-1][1])[:MOST_ATTACKS]
+    return sorted(lines, key=lambda line: metric.lead(0.0, line.points[-1][1]))[:MOST_ATTACKS]
 
 
 def _final(run: RunFolder) -> list[Line]:
@@ -159,21 +140,17 @@ def _final(run: RunFolder) -> list[Line]:
     measures = dict(run.records[-1].measures) if run.records else {}
     measures |= {key: dict(value) for key, value in (run.audit.models if run.audit else {}).items()}
     return [
-        _level(name, view, reach(measures.get(view, {}), run.metric))
-        for view, name in _VIEWS.items()
+        _level(name, view, run.metric.of(measures.get(view, {}))) for view, name in _VIEWS.items()
     ]
 
 
 def _levels(run: RunFolder) -> list[Line]:
     models = run.audit.models if run.audit else {}
-    values = {key: reach(models.get(key, {}), run.metric) for key in _LEVELS}
-    own_data = None
-    if run.metric == "accuracy":
-        values["base"] = values["base"] if run.audit else run.figures.get("base")
-        own_data = run.figures.get("own_data")
+    values = {key: run.metric.of(models.get(key, {})) for key in _LEVELS}
+    values["base"] = values["base"] if run.audit else run.figure("base")
     return [
         *(_level(name, key, values[key]) for key, name in _LEVELS.items()),
-        _level("own data alone (mean of the clients)", "own_data", own_data),
+        _level("own data alone (mean of the clients)", "own_data", run.figure("own_data")),
     ]
 
 
@@ -184,7 +161,7 @@ def _alone(run: RunFolder) -> list[tuple[int, float | None]]:
         if not attack.released:
             tried[len(attack.clients)].append(attack)
     found = ((size, best(attacks, run.metric)) for size, attacks in sorted(tried.items()))
-    return [(size, reach(one.measures, run.metric)) for size, one in found if one is not None]
+    return [(size, run.metric.of(one.measures)) for size, one in found if one is not None]
 
 
 def _level(name: str, look: str, value: float | None) -> Line:

@@ -15,6 +15,7 @@ from matplotlib.transforms import Bbox
 
 from fedveil.errors import AuditError, CheckpointError
 from fedveil.report.compare import Compared, Comparison, Value, values_of
+from fedveil.training.metrics import metric_named
 
 __all__ = ["plot_frontier"]
 
@@ -156,11 +157,10 @@ def _boxes(axes: Axes, recipe: _Recipe) -> list[Bbox]:
 
 
 def _dress(axes: Axes, comparison: Comparison, runs: Sequence[Compared], *, by_leak: bool) -> None:
-    metric = comparison.metric
-    unit = {"accuracy": "accuracy (%)", "loss": "loss (nats)"}.get(metric, metric)
+    metric = metric_named(comparison.metric)
     axes.set_title("What the owner gets, and what attackers get", loc="left", fontweight="bold")
-    axes.set_ylabel(f"global model: {unit}", parse_math=False)
-    what = "leak (%)" if by_leak else unit
+    axes.set_ylabel(f"global model: {metric.short}", parse_math=False)
+    what = "leak (%)" if by_leak else metric.short
     named = [run.folder.name for run in comparison.runs if run not in runs]
     left_out = f"\nnot audited or not measured: {', '.join(named)[:90]}" if named else ""
     axes.set_xlabel(f"strongest attacker: {what}{left_out}", parse_math=False)
@@ -184,9 +184,9 @@ def _dress(axes: Axes, comparison: Comparison, runs: Sequence[Compared], *, by_l
     # At least some percent of the whole, lest noise should look like a difference.
     room = max(0.3 * (max(ys) - min(ys)), 0.03 * max(map(abs, ys))) or 1
     axes.set_ylim(min(ys) - room, max(ys) + room)
-    better = "lower" if metric == "loss" else "higher"
+    better = f"lower {metric.name} (upwards)" if metric.lower_is_better else "higher"
     _note(axes, 0.015, f"← attackers get less; {better} is better for the owner", "left")
-    if metric == "loss":
+    if metric.lower_is_better:
         axes.invert_yaxis()
         if not by_leak:
             axes.invert_xaxis()

@@ -26,8 +26,8 @@ _NOT_AUDITED = (
 def write_page(folder: Path, out: Path | None = None) -> Path:
     """Write the report of a run, whole or not at all.
 
-    The same run gives the same bytes. The page is the owner's to show: accuracies of the global
-    model and names of clients are in it and, until the run is audited, where its folder lies.
+    The same run gives the same bytes. The page is the owner's to show: how good the global model is
+    and names of clients are in it and, until the run is audited, where its folder lies.
 
     Args:
         folder: Of the run; audited or not.
@@ -76,6 +76,7 @@ def _headline(run: RunFolder) -> Html:
         None if run.audit else privacy.audit_command(run),
         privacy.raised_alarms(run),
         about.key_figures(run),
+        about.on_adapters(run),
     )
 
 
@@ -89,7 +90,7 @@ def _sections(run: RunFolder) -> Node:
         ("rounds", "Rounds", about.rounds(run)),
         ("configuration", "Configuration", about.configuration(run)),
         ("limits", "What is not protected", privacy.not_protected(run)),
-        ("words", "Words", about.words()),
+        ("words", "Words", about.words(run)),
     )
     links = [tag("li", tag("a", title, href=f"#{name}")) for name, title, _ in sections]
     return [

@@ -15,7 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from fedveil.report.summary import metric_of_summary
 from fedveil.report.words import human_bytes, human_percent, share
+from fedveil.training.metrics import Metric
 
 __all__ = ["plot"]
 
@@ -36,13 +38,14 @@ _BAR_NAMES = {
 
 
 def plot(summary: Mapping[str, Any], path: Path) -> None:
-    """Draw accuracy per round, what is kept and what is shown, and bytes, into a PNG file.
+    """Draw what is reached per round, what is kept and what is shown, and bytes, into a PNG file.
 
     Args:
         summary: What ``summary.json`` holds.
         path: The file to write.
     """
     schemes: Mapping[str, Figures] = summary["schemes"]
+    metric = metric_of_summary(summary)
     size = (10 + 1.4 * max(0, len(schemes) - 4), 6.2 + 0.34 * len(schemes))
     figure = Figure(figsize=size, dpi=150)
     FigureCanvasAgg(figure)
@@ -50,15 +53,15 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
         ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.04, hspace=0.05)
     )
     rows = figure.add_gridspec(2, 2, height_ratios=(4.2, 0.9 + 0.55 * len(schemes)))
-    _draw_rounds(figure.add_subplot(rows[0, 0]), schemes)
-    _draw_views(figure.add_subplot(rows[0, 1]), schemes)
+    _draw_rounds(figure.add_subplot(rows[0, 0]), schemes, metric)
+    _draw_views(figure.add_subplot(rows[0, 1]), schemes, metric)
     _draw_bytes(figure.add_subplot(rows[1, :]), schemes, summary["fp32_bytes"])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 
 
-def _draw_rounds(axes: Axes, schemes: Mapping[str, Figures]) -> None:
-    _dress(axes, "Global model after each round", "accuracy on the owner's test set (%)")
+def _draw_rounds(axes: Axes, schemes: Mapping[str, Figures], metric: Metric) -> None:
+    _dress(axes, "Global model after each round", metric.axis)
     for number, (name, figures) in enumerate(schemes.items()):
         points = enumerate([figures.get("base"), *figures.get("rounds", [])])
         measured = [(x, y) for x, y in points if y is not None]
@@ -78,14 +81,15 @@ def _draw_rounds(axes: Axes, schemes: Mapping[str, Figures]) -> None:
     axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
 
 
-def _draw_views(axes: Axes, schemes: Mapping[str, Figures]) -> None:
-    _dress(axes, "What is kept, and what is shown", "accuracy on the owner's test set (%)")
+def _draw_views(axes: Axes, schemes: Mapping[str, Figures], metric: Metric) -> None:
+    _dress(axes, "What is kept, and what is shown", metric.axis)
     bars = [bar for bar in _BARS if any(f.get(bar[0]) is not None for f in schemes.values())]
     width = 0.81 / max(len(bars), 2)
     for group, figures in enumerate(schemes.values()):
         for place, (view, tint, hatch) in enumerate(bars):
             x = group + (place - (len(bars) - 1) / 2) * width
-            _draw_bar(axes, x, figures.get(view), 0.9 * width, (_colour(group), tint, hatch))
+            look = _colour(group), tint, hatch
+            _draw_bar(axes, x, figures.get(view), 0.9 * width, look, metric)
         if figures.get("own_data") is not None:
             axes.hlines(
                 figures["own_data"], group - 0.46, group + 0.46, colors=_GREY, linestyles="--",
@@ -98,14 +102,22 @@ def _draw_views(axes: Axes, schemes: Mapping[str, Figures]) -> None:
         for label in axes.get_xticklabels():
             label.set_horizontalalignment("right")
     axes.set_xlim(-0.6, len(schemes) - 0.4)
-    axes.set_ylim(0, 105)
-    axes.set_yticks(range(0, 101, 20))
+    if metric.unit == "%":
+        axes.set_ylim(0, 105)
+        axes.set_yticks(range(0, 101, 20))
+    else:
+        axes.margins(y=0.08)  # room for the numbers on top
     own_data = any(figures.get("own_data") is not None for figures in schemes.values())
     _legend_of_views(axes, bars, own_data=own_data, below=-0.24 if crowded else -0.09)
 
 
 def _draw_bar(
-    axes: Axes, x: float, value: float | None, width: float, look: tuple[Colour, float, str]
+    axes: Axes,
+    x: float,
+    value: float | None,
+    width: float,
+    look: tuple[Colour, float, str],
+    metric: Metric,
 ) -> None:
     if value is None:
         return
@@ -115,7 +127,7 @@ def _draw_bar(
     )
     # A white ground keeps the number readable where the line of own data passes.
     axes.annotate(
-        human_percent(value), (x, value), (0, 3), textcoords="offset points", ha="center",
+        metric.figure(value), (x, value), (0, 3), textcoords="offset points", ha="center",
         va="bottom", fontsize=7.5, zorder=4,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
     )  # fmt: skip

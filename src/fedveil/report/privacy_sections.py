@@ -13,14 +13,13 @@ from fedveil.report.curves import (
     attack_name,
     best,
     coalition_lines,
-    human_measure,
-    reach,
     round_lines,
 )
 from fedveil.report.heatmap import heat_map, most_shown
 from fedveil.report.markup import Html, Node, listing, table, tag
 from fedveil.report.run_folder import RunFolder
-from fedveil.report.words import DASH, human_percent, human_seconds
+from fedveil.report.words import DASH, human_measure, human_percent, human_seconds
+from fedveil.training.metrics import Metric
 
 __all__ = [
     "attacks", "audit_command", "checks", "exposure", "kept_and_shown", "not_protected",
@@ -52,27 +51,30 @@ def raised_alarms(run: RunFolder) -> Html | None:
 def kept_and_shown(run: RunFolder) -> Node:
     """The models beside the attackers, over rounds and over coalitions."""
     over_rounds, over_coalitions = round_lines(run), coalition_lines(run)
-    form, y = _measure(run.metric)
-    pictures = []
+    metric, pictures = run.metric, []
+    form = {"%": "percent", "nats per token": "nats"}.get(metric.unit, "")
+    better, rises = ("below", "falls") if metric.lower_is_better else ("above", "rises")
     if over_rounds:
         attacked = any(line.look == "attack" for line in over_rounds)
+        others = " and every attacker (hollow marks)" if attacked else ""
         reading = (
-            "How to read it: the further the owner's model (blue) lies above every proxy (orange)"
-            f"{' and every attacker (hollow marks)' if attacked else ''}, the less was given away."
+            f"How to read it: the further the owner's model (blue) lies {better} every proxy "
+            f"(orange){others}, the less was given away."
         )
         if attacked:
             reading += (
                 " An attacker stands at the number of rounds in which the client was sent "
                 f"something; the {MOST_ATTACKS} strongest kinds are drawn."
             )
-        chart = Chart("rounds", "Over rounds", "rounds", y, form)
+        chart = Chart("rounds", "Over rounds", "rounds", metric.axis, form)
         pictures.append(draw(chart, over_rounds, reading))
     if over_coalitions:
         reading = (
-            "How to read it: the further an attacker's line rises to the right, the more clients "
-            "gain by putting together what they were sent."
+            f"How to read it: the further an attacker's line {rises} to the right, the more "
+            "clients gain by putting together what they were sent."
         )
-        chart = Chart("coalitions", "Over coalitions", "clients who pool their bytes", y, form)
+        x = "clients who pool their bytes"
+        chart = Chart("coalitions", "Over coalitions", x, metric.axis, form)
         pictures.append(draw(chart, over_coalitions, reading))
     if not pictures:
         return tag("p", "Nothing was measured: the run has no test set.")
@@ -183,16 +185,7 @@ _NEVER_PROTECTED = (
 )
 
 
-def _measure(metric: str) -> tuple[str, str]:
-    """How values of a measure are written, and what it is called."""
-    if metric == "accuracy":
-        return "percent", "accuracy on the owner's test set (%)"
-    if metric == "loss":
-        return "", "loss on the owner's test set (nats, lower is better)"
-    return "", f"{metric} on the owner's test set"
-
-
-def _ranked(attacks: Sequence[Attacked], metric: str) -> list[Attacked]:
+def _ranked(attacks: Sequence[Attacked], metric: Metric) -> list[Attacked]:
     rest, ranked = list(attacks), []
     while (strongest := best(rest, metric)) is not None:
         ranked.append(strongest)
@@ -200,15 +193,15 @@ def _ranked(attacks: Sequence[Attacked], metric: str) -> list[Attacked]:
     return ranked + rest
 
 
-def _attack_table(caption: str, attacks: Sequence[Attacked], metric: str) -> Html:
+def _attack_table(caption: str, attacks: Sequence[Attacked], metric: Metric) -> Html:
     header = (
-        "Attack", metric.capitalize(), "Leak", "Gain shown", "Whose bytes", "Rounds",
+        "Attack", metric.name.capitalize(), "Leak", "Gain shown", "Whose bytes", "Rounds",
         "In place of what was withheld", "Afterwards", "Error, released", "Error, withheld", "Note",
     )  # fmt: skip
     rows = [
         (
             attack.attack,
-            human_measure(reach(attack.measures, metric), metric),
+            human_measure(metric.of(attack.measures), metric),
             _percent(attack.leak),
             _percent(attack.gain_shown),
             _clients(attack),

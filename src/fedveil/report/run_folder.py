@@ -15,6 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from fedveil.audit import Audit, ClientExposure, Exposure, Manifest
 from fedveil.engine import RoundRecord
 from fedveil.errors import AuditError, CheckpointError
+from fedveil.schemes import scheme_class, scheme_names
+from fedveil.training.metrics import Metric, metric_in, metric_named
 
 __all__ = ["RunFolder"]
 
@@ -69,6 +71,12 @@ class RunFolder:
         return _mapping(self.manifest.configuration.get("scheme"))
 
     @property
+    def is_of_adapter(self) -> bool:
+        """Whether an adapter is all that the scheme releases: its clients hold the rest."""
+        name = self.scheme.get("name")
+        return name in scheme_names() and scheme_class(str(name)).clients_hold_rest
+
+    @property
     def rounds(self) -> int:
         """Rounds that are finished or, where no record is left of them, that were audited."""
         if self.records:
@@ -81,13 +89,27 @@ class RunFolder:
         return _FLOAT32_BYTES * self.manifest.parameters
 
     @property
-    def metric(self) -> str:
-        """Which measure attacks are compared by; accuracy, or the loss of a language model,
-        where nothing was audited."""
+    def metric(self) -> Metric:
+        """What models are compared by; accuracy, or the loss of a language model, where nothing
+        was audited."""
         if self.audit:
-            return self.audit.metric
-        measures = self.records[-1].measures.get("global", {}) if self.records else {}
-        return "loss" if "perplexity" in measures else "accuracy"
+            return metric_named(self.audit.metric)
+        return metric_in(*self._measured)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it is known by what its models are compared."""
+        return self.audit is not None or bool(self._measured)
+
+    def figure(self, name: str) -> float | None:
+        """What ``summary.json`` says of a model; None if nothing, or by another metric."""
+        if self.figures.get("metric", "accuracy") != self.metric.name:
+            return None
+        return self.figures.get(name)
+
+    @property
+    def _measured(self) -> list[Mapping[str, float]]:
+        return [one for record in self.records for one in record.measures.values()]
 
     @cached_property
     def exposure(self) -> Mapping[str, ClientExposure]:
@@ -178,7 +200,7 @@ def _read_figures(path: Path, scheme: str) -> Mapping[str, Any]:
     try:
         schemes = dict(json.loads(text)["schemes"])
         found = schemes.get(scheme) or (next(iter(schemes.values())) if len(schemes) == 1 else {})
-        return {key: value for key, value in dict(found).items() if _is_number(value)}
+        return {k: v for k, v in dict(found).items() if _is_number(v) or k == "metric"}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(path, "figures by scheme", error) from error
 

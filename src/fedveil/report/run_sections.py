@@ -8,12 +8,21 @@ from typing import Any
 
 from fedveil.engine import RoundRecord
 from fedveil.report.charts import Chart, draw
-from fedveil.report.curves import best, byte_lines, human_measure, loss_lines, reach
+from fedveil.report.curves import best, byte_lines, loss_lines
 from fedveil.report.markup import Html, Node, table, tag
 from fedveil.report.run_folder import RunFolder
-from fedveil.report.words import DASH, human_bytes, human_percent, human_seconds, share
+from fedveil.report.words import (
+    DASH,
+    human_bytes,
+    human_measure,
+    human_percent,
+    human_seconds,
+    share,
+)
 
-__all__ = ["clients", "configuration", "key_figures", "rounds", "traffic", "words"]
+__all__ = [
+    "clients", "configuration", "key_figures", "on_adapters", "rounds", "traffic", "words",
+]  # fmt: skip
 
 _MANY = 25
 """Longer tables are folded away until somebody asks for them."""
@@ -31,6 +40,12 @@ _WORDS = (
     ("leak", "(attack - own) / (global - own): own is the attacker's best without released bytes"),
     ("base", "the owner's model before the first round"),
 )
+_LOSS_WORDS = (
+    ("loss", "how much the right answers surprise the model: lower is better"),
+    ("nats per token", "the unit of a loss: minus the logarithm of the chance that the model gives "
+     "to a token of a right answer, on average"),
+    ("perplexity", "e to the loss: among so many tokens it might as well have guessed; 1 is best"),
+)  # fmt: skip
 
 
 def key_figures(run: RunFolder) -> Html:
@@ -39,6 +54,18 @@ def key_figures(run: RunFolder) -> Html:
         "dl",
         [tag("div", tag("dt", name), tag("dd", value)) for name, value in _key_figures(run)],
         class_="key",
+    )
+
+
+def on_adapters(run: RunFolder) -> Html | None:
+    """What "model" means on the page of a run whose clients hold the backbone; else nothing."""
+    if not run.is_of_adapter:
+        return None
+    return tag(
+        "p",
+        "With this scheme every client holds the backbone, and only the adapter on it is sent. "
+        "Shares, bytes and numbers of the model are those of the adapter.",
+        class_="aid",
     )
 
 
@@ -84,13 +111,14 @@ def rounds(run: RunFolder) -> Node:
     """Losses over rounds, every round in numbers, and whose replies were not used."""
     if not run.records:
         return tag("p", "No round is on record: there is no metrics.jsonl, or it is empty.")
-    parts: list[Node] = []
+    parts, metric = list[Node](), run.metric
     if lines := loss_lines(run):
         reading = (
             "How to read it: falling lines mean that the model fits the clients' data better; "
             "training losses are means over the clients of a round."
         )
-        picture = draw(Chart("losses", "Losses over rounds", "rounds", "nats"), lines, reading)
+        unit, form = (metric.unit, "nats") if metric.lower_is_better else ("nats", "")
+        picture = draw(Chart("losses", "Losses over rounds", "rounds", unit, form), lines, reading)
         parts.append(tag("div", picture, class_="figures"))
     views = ("global", "server_model", "proxy_before", "proxy_after")
     header = (
@@ -100,14 +128,15 @@ def rounds(run: RunFolder) -> Node:
     rows = [
         [
             *map(str, (r.round, len(r.bytes_down), len(r.failed), len(r.refused))),
-            *(_accuracy(r, view) for view in views),
+            *(human_measure(metric.of(r.measures.get(view, {})), metric) for view in views),
             human_bytes(sum(r.bytes_down.values())),
             human_bytes(sum(r.bytes_up.values())),
             human_seconds(r.seconds),
         ]
         for r in run.records
     ]  # fmt: skip
-    whole = table("Per round: accuracies, bytes in all", header, rows, numeric=range(11))
+    what = f"losses ({metric.unit})" if metric.lower_is_better else "accuracies"
+    whole = table(f"Per round: {what}, bytes in all", header, rows, numeric=range(11))
     parts.append(_folded(whole, len(rows), f"All {len(rows)} rounds in numbers"))
     parts.append(_left_out(run.records))
     return parts
@@ -122,9 +151,10 @@ def configuration(run: RunFolder) -> Node:
     return table("Settings of the run", ("Setting", "Value"), rows)
 
 
-def words() -> Html:
+def words(run: RunFolder) -> Html:
     """What the page's words mean."""
-    return table("What the words of this page mean", ("Word", "Meaning"), _WORDS)
+    meanings = _WORDS + (_LOSS_WORDS if run.metric.lower_is_better else ())
+    return table("What the words of this page mean", ("Word", "Meaning"), meanings)
 
 
 def _key_figures(run: RunFolder) -> Iterator[tuple[str, str]]:
@@ -132,16 +162,16 @@ def _key_figures(run: RunFolder) -> Iterator[tuple[str, str]]:
     measures = audit.models.get("global", {}) if audit else {}
     if not measures and run.records:
         measures = run.records[-1].measures.get("global", {})
-    yield "Global model", human_measure(reach(measures, metric), metric)
+    yield "Global model", human_measure(metric.of(measures), metric)
     if audit:
         released = [attack for attack in audit.attacks if attack.released]
         strongest = best(released, metric)
         if strongest:
-            reached = reach(strongest.measures, metric)
+            reached = metric.of(strongest.measures)
             yield f"Strongest attack ({strongest.attack})", human_measure(reached, metric)
             yield "Its leak", _percent(strongest.leak)
             yield "Gain it shows", _percent(strongest.gain_shown)
-        yield "Without released bytes", human_measure(reach(audit.own, metric), metric)
+        yield "Without released bytes", human_measure(metric.of(audit.own), metric)
     exposure = run.exposure
     if exposure:
         yield "Most shown to one client", _percent(max(one.share for one in exposure.values()))
@@ -151,11 +181,8 @@ def _key_figures(run: RunFolder) -> Iterator[tuple[str, str]]:
         mean = sum(down) / len(down)
         part = human_percent(share(mean, run.fp32_bytes), sign=True)
         yield f"A proxy, {part} of float32", human_bytes(mean)
-    yield "Numbers in the model", f"{run.manifest.parameters:,}"
-
-
-def _accuracy(record: RoundRecord, view: str) -> str:
-    return human_measure(reach(record.measures.get(view, {}), "accuracy"), "accuracy")
+    what = "adapter" if run.is_of_adapter else "model"
+    yield f"Numbers in the {what}", f"{run.manifest.parameters:,}"
 
 
 def _percent(value: float | None) -> str:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedveil.training.metrics import Metric, metric_in, metric_named
+
 if TYPE_CHECKING:
     from fedveil.federation import Result
 
-__all__ = ["summarize", "write_summary"]
+__all__ = ["metric_of_summary", "summarize", "write_summary"]
 
 _VIEWS = ("global", "server_model", "proxy_before", "proxy_after")
 
@@ -30,26 +32,41 @@ def summarize(
         name: What to call the run in tables and pictures.
         result: What the federation returned.
         seconds: Wall-clock time of the run.
-        base: Accuracy of the base, in percent, if the run itself did not measure it.
-        own_data: Accuracy, in percent, that a client reaches with the base and his data alone.
+        base: What the base reaches, if the run itself did not measure it: accuracy in percent, or
+            the loss of a language model in nats per token.
+        own_data: What a client reaches with the base and his data alone, likewise.
 
     Returns:
         ``name``; ``base``, ``global``, ``server_model``, ``proxy_before``, ``proxy_after`` and
         ``own_data``: accuracies in percent on the owner's test set, after the last round (None: not
         measured); ``bytes_down`` and ``bytes_up``: means per client and round; ``seconds``;
         ``rounds``: accuracy of the global model after each round (None: not measured in it).
+        Language models have losses in nats per token in the place of accuracies, lower is better,
+        and say so: ``metric`` is "loss". Without it, it is accuracy.
     """
     measures = result.rounds[-1].measures if result.rounds else {}
+    metric = _metric(result)
     return {
         "name": name,
-        "base": base if result.base is None else result.base.get("accuracy"),
-        **{view: _accuracy(measures, view) for view in _VIEWS},
+        **({"metric": metric.name} if metric.lower_is_better else {}),
+        "base": base if result.base is None else metric.of(result.base),
+        **{view: metric.of(measures.get(view, {})) for view in _VIEWS},
         "own_data": own_data,
         "bytes_down": result.mean_bytes_down(),
         "bytes_up": result.mean_bytes_up(),
         "seconds": seconds,
-        "rounds": [_accuracy(record.measures, "global") for record in result.rounds],
+        "rounds": [metric.of(record.measures.get("global", {})) for record in result.rounds],
     }
+
+
+def metric_of_summary(summary: Mapping[str, Any]) -> Metric:
+    """What the figures of a summary are by; all its schemes are of one task.
+
+    Args:
+        summary: What ``summary.json`` holds.
+    """
+    named = [figures["metric"] for figures in summary["schemes"].values() if "metric" in figures]
+    return metric_named(named[0]) if named else metric_in()
 
 
 def write_summary(folder: Path, fp32_bytes: int, schemes: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -77,5 +94,7 @@ def write_summary(folder: Path, fp32_bytes: int, schemes: Mapping[str, Mapping[s
     return path
 
 
-def _accuracy(measures: Mapping[str, Mapping[str, float]], view: str) -> float | None:
-    return measures.get(view, {}).get("accuracy")
+def _metric(result: Result) -> Metric:
+    """What the run's models are judged by, by what was measured of them."""
+    measured = [one for record in result.rounds for one in record.measures.values()]
+    return metric_in(*measured, *([] if result.base is None else [result.base]))

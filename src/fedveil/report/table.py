@@ -10,11 +10,19 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from fedveil.report.words import human_bytes, human_percent, human_seconds, share
+from fedveil.report.summary import metric_of_summary
+from fedveil.report.words import (
+    human_bytes,
+    human_measure,
+    human_percent,
+    human_seconds,
+    share,
+)
+from fedveil.training.metrics import Metric
 
 __all__ = ["table"]
 
-_ACCURACIES = {
+_REACHED = {
     "base": "Base\nmodel",
     "global": "Global\nmodel",
     "server_model": "Server\nmodel",
@@ -24,7 +32,6 @@ _ACCURACIES = {
 }
 
 _CAPTION = (
-    ("Base to own data", "accuracy in % on the owner's test set, after the last round."),
     ("Base, global model", "the owner's model before and after the run."),
     ("Server model", "the global model without the units that are withheld from everybody."),
     ("Proxy", "what a client is sent, and what it holds after training that (means)."),
@@ -50,27 +57,28 @@ def table(summary: Mapping[str, Any]) -> Table:
     Args:
         summary: What ``summary.json`` holds.
     """
+    metric = metric_of_summary(summary)
     result = _SummaryTable(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
         padding=0,
-        caption=_caption(),
+        caption=_caption(metric),
         caption_justify="left",
         caption_style="",
     )
     result.add_column("Scheme\n", style="bold", overflow="fold", min_width=6)
-    for header in _ACCURACIES.values():
+    for header in _REACHED.values():
         result.add_column(header, justify="right", no_wrap=True)
     for header in ("Down\n", "Up\n", "Time\n"):
         result.add_column(header, justify="right", no_wrap=True)
     for name, figures in summary["schemes"].items():
-        result.add_row(name, *_cells(figures, summary["fp32_bytes"]))
+        result.add_row(name, *_cells(figures, summary["fp32_bytes"], metric))
     return result
 
 
-def _cells(figures: Mapping[str, Any], fp32_bytes: int) -> list[Text]:
-    cells = [human_percent(figures.get(key)) for key in _ACCURACIES]
+def _cells(figures: Mapping[str, Any], fp32_bytes: int, metric: Metric) -> list[Text]:
+    cells = [human_measure(figures.get(key), metric, sign=False) for key in _REACHED]
     for key in ("bytes_down", "bytes_up"):
         count = figures.get(key)
         cells.append(f"{human_bytes(count)}\n{human_percent(share(count, fp32_bytes), sign=True)}")
@@ -78,6 +86,9 @@ def _cells(figures: Mapping[str, Any], fp32_bytes: int) -> list[Text]:
     return [Text(cell) for cell in cells]
 
 
-def _caption() -> Text:
-    lines = [Text.assemble((term, "bold"), ": ", meaning) for term, meaning in _CAPTION]
+def _caption(metric: Metric) -> Text:
+    what = f"{metric.name} in {metric.unit} on the owner's test set, after the last round"
+    what += "; lower is better." if metric.lower_is_better else "."
+    terms = (("Base to own data", what), *_CAPTION)
+    lines = [Text.assemble((term, "bold"), ": ", meaning) for term, meaning in terms]
     return Text("\n").join([Text(), *lines])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["DASH", "human_bytes", "human_percent", "human_seconds", "share"]
+from fedveil.training.metrics import Metric
+
+__all__ = ["DASH", "human_bytes", "human_measure", "human_percent", "human_seconds", "share"]
 
 DASH = "–"
 """Stands for what was not measured."""
@@ -21,6 +23,13 @@ def human_bytes(count: float | None) -> str:
     if unit == 0:
         return f"{value:.0f} {_UNITS[unit]}"
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {_UNITS[unit]}"
+
+
+def human_measure(value: float | None, metric: Metric, *, sign: bool = True) -> str:
+    """What a model reaches, such as "88.0 %" or "2.310 nats"; without its unit, "88.0"."""
+    if value is None:
+        return DASH
+    return metric.text(value) if sign else metric.figure(value)
 
 
 def human_percent(value: float | None, *, sign: bool = False) -> str:

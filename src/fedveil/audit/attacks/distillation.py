@@ -10,26 +10,47 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.audit.attacks.healing import Healing, heal
+from fedveil.errors import ConfigurationError
 from fedveil.state import load_state
 from fedveil.training import Prepared, Training
 from fedveil.training.tasks import Batch, Dataset, Measure, Task
 
-__all__ = ["distil"]
+__all__ = ["distil", "scores_of"]
 
 _TEMPERATURE = 2.0
+
+Scores = Callable[[nn.Module, Batch], Tensor]
+"""Scores of a model on a batch that another model's can be compared with, [answers, C]."""
 
 
 @runtime_checkable
 class HasLogits(Task, Protocol):
-    """A task whose models give scores that can be compared."""
+    """A task whose models score classes."""
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Scores per class, shape [B, C]."""
 
 
+@runtime_checkable
+class HasAnswers(Task, Protocol):
+    """A task whose models score the tokens of answers."""
+
+    def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scores of all answer tokens of a batch, [tokens, V], and the tokens themselves."""
+
+
+def scores_of(task: Task) -> Scores | None:
+    """What one model can teach another by; None if the task has nothing like that."""
+    if isinstance(task, HasLogits):
+        return task.logits
+    if isinstance(task, HasAnswers):
+        return lambda model, batch: task.answers(model, batch)[0]
+    return None
+
+
 def distil(
     model: nn.Module,
-    task: HasLogits,
+    task: Task,
     data: Prepared,
     training: Training,
     teacher: Mapping[str, Tensor],
@@ -48,7 +69,7 @@ def distil(
 
     Args:
         model: The architecture; its weights are overwritten.
-        task: What it is for; logits are compared.
+        task: What it is for; scores of classes are compared, or of each token of an answer.
         data: The attacker's own.
         training: How he trains.
         teacher: The stolen model.
@@ -56,18 +77,30 @@ def distil(
         rounds: As of :func:`heal`.
         seed: As of :func:`heal`.
         tell: Hears of each piece.
+
+    Raises:
+        ConfigurationError: The task has no scores that could be compared.
     """
+    scores = scores_of(task)
+    if scores is None:
+        raise ConfigurationError(
+            "Models of this task cannot teach each other",
+            expected="a task with logits or answers",
+            found=type(task).__name__,
+        )
     wise = copy.deepcopy(model).eval().requires_grad_(False)
     load_state(wise, teacher)
-    taught = _Taught(task, wise)
+    taught = _Taught(task, scores, wise)
     return heal(model, taught, data, training, student, rounds=rounds, seed=seed, tell=tell)
 
 
 class _Taught:
     """The task, with another model's answers in the place of labels."""
 
-    def __init__(self, task: HasLogits, teacher: nn.Module) -> None:
-        self._task, self._teacher = task, teacher
+    def __init__(self, task: Task, scores: Scores, teacher: nn.Module) -> None:
+        self._task, self._scores, self._teacher = task, scores, teacher
+        # Of how many answers a batch's loss is the mean; None where that is its examples.
+        self.count = getattr(task, "count", None)
 
     @property
     def name(self) -> str:
@@ -93,8 +126,8 @@ class _Taught:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean divergence from the teacher's answer, in nats, times the temperature squared."""
         with torch.no_grad():
-            wanted = self._task.logits(self._teacher, batch).float() / _TEMPERATURE
-        found = self._task.logits(model, batch).float() / _TEMPERATURE
+            wanted = self._scores(self._teacher, batch).float() / _TEMPERATURE
+        found = self._scores(model, batch).float() / _TEMPERATURE
         divergence = nn.functional.kl_div(
             found.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True
         )
