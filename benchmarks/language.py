@@ -2,7 +2,7 @@
 
     python benchmarks/language.py losses              # the second demo by more schemes; 25 minutes
     python benchmarks/language.py losses --seeds 3    # with other headlines, clients and adapters
-    python benchmarks/language.py audit               # what one client gets of two of them; 25 minutes
+    python benchmarks/language.py audit               # what attackers get of two of them
     python benchmarks/language.py speed               # training with LoRA beside plain PEFT
     python benchmarks/language.py large               # a round of models of 1.2 and 1.6 billion
 
