@@ -1,5 +1,7 @@
 """FedQSN with an adapter: a masked and quantized backbone, sent once, and what is trained on it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_schemes_fedlpp import CLIENTS, adapted, adapter, backbone
@@ -7,8 +9,9 @@ from test_schemes_fedlpp import CLIENTS, adapted, adapter, backbone
 import toys
 from fedveil import ConfigurationError, Evaluation, FedAvg, FedQSN, ProtocolError
 from fedveil.quantization import QuantizedTensor
+from fedveil.state import read_state
 from fedveil.units import find_units
-from fedveil.wire import Message
+from fedveil.wire import Dense, Message
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -90,6 +93,28 @@ class TestTheBackbone:
         found = federation(ONCE, out=tmp_path / "two").run(3, resume=True)
         assert toys.same(toys.weights(found.global_model), toys.weights(expected.global_model))
         assert found.rounds[2].bytes_down == expected.rounds[2].bytes_down
+
+    def test_of_the_owner_is_neither_copied_nor_in_checkpoints(self):
+        for scheme in (ONCE, FedQSN(units="neurons"), FedAvg()):
+            model = adapted().to(torch.bfloat16)
+            server = scheme.server(model, toys.SECRET)
+            assert set(server.state().tensors) == set(adapter(model))
+            own = read_state(model)
+            for name, tensor in server._global.tensors.items():
+                if "lora_" in name:
+                    assert tensor.dtype == torch.float32
+                else:
+                    assert tensor.data_ptr() == own[name].data_ptr()
+
+    def test_cannot_be_changed_by_a_client(self):
+        server, client = ONCE.server(adapted(), toys.SECRET), ONCE.client()
+        server.begin_round(1)
+        reply = client.fit(server.release("a"), adapted(seed=1), toys.TrainBy(up), {})
+        name = next(name for name in backbone(adapted()) if name.endswith("ln_1.weight"))
+        shape = toys.weights(adapted())[name].shape
+        forged = {**reply.sections, name: Dense(torch.ones(shape))}
+        with pytest.raises(ProtocolError, match=name):
+            server.absorb("a", replace(reply, sections=forged), 1.0)
 
     def test_is_there_when_proxies_are_measured(self):
         test = toys.texts(4, seed=9)

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 
 from fedveil.aggregation import Aggregation, aggregation_of
+from fedveil.schemes.adapters import frozen_names
 from fedveil.schemes.base import Metrics, Scheme, ServerState
 from fedveil.schemes.client import ProxyClient, no_groups
 from fedveil.schemes.global_model import GlobalModel
@@ -88,7 +89,7 @@ class FedAvgServer:
     """The server side; see :class:`~fedveil.schemes.base.ServerSide`."""
 
     def __init__(self, scheme: Averaging, model: nn.Module) -> None:
-        self._scheme, self._global = scheme, GlobalModel(scheme.tensors(model))
+        self._scheme, self._global = scheme, GlobalModel(scheme.tensors(model), frozen_names(model))
         self._ledger = RoundLedger[bool](scheme.name)
         self._everything = Selection((), {}, {})
         self._sections = Sections({})
@@ -149,7 +150,7 @@ class FedAvgServer:
 
     def state(self) -> ServerState:
         """Global model and round."""
-        return ServerState(dict(self._global.tensors), {"round": self._ledger.round})
+        return ServerState(self._global.changing(), {"round": self._ledger.round})
 
     def restore(self, state: ServerState) -> None:
         """See :class:`~fedveil.schemes.base.ServerSide`."""

@@ -192,7 +192,7 @@ class FedQSNServer:
     """The server side; see :class:`~fedveil.schemes.base.ServerSide`."""
 
     def __init__(self, scheme: FedQSN, model: nn.Module, secret: Secret) -> None:
-        self._scheme, self._global = scheme, GlobalModel(scheme.tensors(model))
+        self._scheme, self._global = scheme, GlobalModel(scheme.tensors(model), frozen_names(model))
         check_train_only(scheme.train_only, self._global.tensors)
         self._groups = find_units(model, scheme.units)
         validate(self._groups, model.state_dict())
@@ -291,7 +291,7 @@ class FedQSNServer:
         values = {"round": self._ledger.round, "clients": list(self._masks.clients())}
         if self._backbone:
             values["holders"] = sorted(self._holders)
-        return ServerState(dict(self._global.tensors), values)
+        return ServerState(self._global.changing(), values)
 
     def restore(self, state: ServerState) -> None:
         """See :class:`~fedveil.schemes.base.ServerSide`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,21 +16,32 @@ __all__ = ["GlobalModel"]
 class GlobalModel:
     """Full-precision weights, changed only by adding mean updates.
 
-    Tied tensors are held once. Integer tensors (counters) are released but never updated.
+    Tied tensors are held once. Integer tensors (counters) are released but never updated. What is
+    frozen, as the backbone of an adapter, is the owner's own: no copy, and in no checkpoint.
+
+    Args:
+        state: The owner's tensors.
+        frozen: Names of those that nobody trains.
 
     Raises:
         ConfigurationError: If the model holds NaN or infinite weights.
     """
 
-    def __init__(self, state: StateDict) -> None:
+    def __init__(self, state: StateDict, frozen: Collection[str] = ()) -> None:
         check_trainable(state)
-        self.tensors: StateDict = working_copy(state)
+        trained = working_copy({n: t for n, t in state.items() if n not in frozen})
+        self.tensors: StateDict = {n: trained.get(n, t.detach()) for n, t in state.items()}
+        self._frozen = frozenset(frozen) & state.keys()
         self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
         self.shapes = {name: tensor.shape for name, tensor in state.items()}
 
     def floating(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that are trained."""
-        return ((name, t) for name, t in self.tensors.items() if t.is_floating_point())
+        return ((name, t) for name, t in self.changing().items() if t.is_floating_point())
+
+    def changing(self) -> StateDict:
+        """All tensors but those that are frozen: what a checkpoint has to hold."""
+        return {name: t for name, t in self.tensors.items() if name not in self._frozen}
 
     def apply(self, step_of: Callable[[str], Tensor | None]) -> float:
         """Add the step of each tensor, None for none; returns the l2 norm of what was added."""
@@ -54,7 +65,7 @@ class GlobalModel:
             CheckpointError: If they are not those of this model; then nothing has changed.
         """
         found = {name: _kind(tensor) for name, tensor in tensors.items()}
-        wanted = {name: _kind(tensor) for name, tensor in self.tensors.items()}
+        wanted = {name: _kind(tensor) for name, tensor in self.changing().items()}
         if found != wanted:
             odd = sorted(dict(set(found.items()) ^ set(wanted.items())))[0]
             raise CheckpointError(
