@@ -61,13 +61,14 @@ SPEED: dict[str, Scheme | None] = {
     "FedLPP, 3 bit": FedLPP(bits=3),
     "FedQSN + LoRA": FedQSN(**ONCE),
 }
-SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2 XL": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
     "Llama 1B": (
         "llama",
         {
             "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+            "tie_word_embeddings": True,
         },
     ),
     "tiny": ("llama", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
