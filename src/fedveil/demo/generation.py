@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
@@ -195,11 +196,17 @@ def _report(
     texts: Mapping[str, Sequence[str]],
     shown: Sequence[Any],
 ) -> None:
-    table = Table(
-        Column("scheme", no_wrap=True), "base", "global", "proxy as\nreceived", "proxy as\ntrained",
-        "down,\nround 1", "down,\nlater", "up",
-        title="loss in nats per token of a headline, lower is better; bytes per client and round",
+    headers = (
+        "scheme\n", "base\n", "global\n", "proxy\nreceived", "proxy\ntrained", "down,\nround 1",
+        "down,\nlater", "up\n",
     )  # fmt: skip
+    table = Table(
+        *(Column(header, no_wrap=True) for header in headers),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="loss in nats per token of a headline, lower is better; bytes per client and round",
+        caption_justify="left",
+    )
     for name, values in figures.items():
         losses = (values[view] for view in ("base", "global", "proxy_before", "proxy_after"))
         sizes = (values[key] for key in ("bytes_down_first", "bytes_down_later", "bytes_up"))
