@@ -40,3 +40,7 @@ class Results:
     def of(self, name: str) -> list[Values]:
         """The figures of all seeds of one run."""
         return [values for (other, _), values in self._values.items() if other == name]
+
+    def by_seed(self, name: str) -> dict[int, Values]:
+        """The same, by seed."""
+        return {seed: values for (other, seed), values in self._values.items() if other == name}
