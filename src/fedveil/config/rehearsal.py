@@ -290,8 +290,8 @@ def _bare(name: str) -> str:
 def _tokenizer(config: Config, transformers: Any) -> Any:
     """The tokenizer, if it is in a local folder; else one that is made for the made up words."""
     for name in (config.model.tokenizer, config.model.name):
-        if name is not None and (config.path.parent / name / "tokenizer_config.json").is_file():
-            return transformers.AutoTokenizer.from_pretrained(str(config.path.parent / name))
+        if name is not None and (config.resolve(name) / "tokenizer_config.json").is_file():
+            return transformers.AutoTokenizer.from_pretrained(str(config.resolve(name)))
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     made = Tokenizer(models.BPE())
