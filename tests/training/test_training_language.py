@@ -250,6 +250,11 @@ class TestQuestions:
         with pytest.raises(DataError, match=r'row 0 has no references.*"right"'):
             CausalLM(tokenizer, references="right").questions(rows)
 
+    @pytest.mark.parametrize("wrong", [None, 3, []])
+    def test_answers_must_be_texts(self, tokenizer, wrong):
+        with pytest.raises(DataError, match=r'row 0 holds no text.*"completion"'):
+            CausalLM(tokenizer).questions([{"prompt": "a", "completion": wrong}])
+
     def test_conversations_ask_too(self, tokenizer):
         found = CausalLM(tokenizer).questions([CHAT, CHAT])
         assert [q.references for q in found] == [["rome", "rome"]]

@@ -150,9 +150,8 @@ class LanguageModelling:
             )
         asked: dict[str, Question] = {}
         for row, (prompt, answer) in pairs:
-            references = self._references(data, row, answer)
             question = asked.setdefault(str(prompt), Question(row, prompt, []))
-            question.references.extend(text for text in references)
+            question.references.extend(self._references(data, row, answer))
         return list(asked.values())
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -206,7 +205,9 @@ class LanguageModelling:
     def _references(self, data: Dataset, row: int, answer: Any) -> list[str]:
         """All right answers that one row knows."""
         if self.references is None:
-            text = str(_content(answer[-1])) if _are_messages(answer) else answer
+            text = _content(answer[-1]) if _are_messages(answer) and answer else answer
+            if not isinstance(text, str):
+                raise _bad_row(row, "holds no text", "a string", repr(text), self.completion)
             return [text.strip()]
         found = data[row].get(self.references)
         if not _are_messages(found) or not found or not all(isinstance(t, str) for t in found):
