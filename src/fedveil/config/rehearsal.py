@@ -16,7 +16,7 @@ from fedveil.config.sources import is_file, load_source
 from fedveil.config.tables import DataTable, is_function
 from fedveil.data.library import quiet
 from fedveil.errors import ConfigurationError
-from fedveil.training.language import columns_of
+from fedveil.training.templates import columns_of
 
 __all__ = ["Rehearsal", "rehearse"]
 

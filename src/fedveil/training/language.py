@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from string import Formatter
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,8 +20,9 @@ from fedveil.training.tasks import (
     column,
     column_names,
 )
+from fedveil.training.templates import cells, columns_of
 
-__all__ = ["CausalLM", "Question", "Seq2Seq", "columns_of"]
+__all__ = ["CausalLM", "Question", "Seq2Seq"]
 
 IGNORED = -100
 """The label of a token that is not learned, as everywhere in transformers."""
@@ -111,7 +111,7 @@ class LanguageModelling:
         self.label_smoothing = label_smoothing
         self.prompt, self.completion = prompt, completion
         self.messages, self.text, self.references = messages, text, references
-        self._prompt_fields, self._completion_fields = columns_of(prompt), columns_of(completion)
+        self._fields = {*columns_of(prompt), *columns_of(completion)}
 
     def validate(self, data: Dataset) -> None:
         """Check every row, and that each has an answer.
@@ -195,11 +195,8 @@ class LanguageModelling:
         names = column_names(data)
         if self.messages in names:
             return [self._split(row, m) for row, m in enumerate(column(data, self.messages))]
-        asked = {*self._prompt_fields, *self._completion_fields}
-        if not asked.isdisjoint(names) or not self.plain:
-            prompts = list(_cells(data, self.prompt, self._prompt_fields))
-            answers = _cells(data, self.completion, self._completion_fields)
-            return list(zip(prompts, answers, strict=True))
+        if not self._fields.isdisjoint(names) or not self.plain:
+            return list(zip(cells(data, self.prompt), cells(data, self.completion), strict=True))
         return [("", text) for text in column(data, self.text)]  # says if there is none
 
     def _references(self, data: Dataset, row: int, answer: Any) -> list[str]:
@@ -392,52 +389,6 @@ def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
     before = torch.full_like(labels[:, :1], start)
     shifted = torch.cat([before, labels[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == IGNORED, start if pad is None else pad)
-
-
-def columns_of(name: str) -> tuple[str, ...]:
-    """The columns that a template names; of a column its own name."""
-    if "{" not in name:
-        return (name,)
-    try:
-        pieces = list(Formatter().parse(name))
-    except ValueError as error:
-        raise _bad_template(name, str(error)) from error
-    fields = [field for _, field, form, how in pieces if field is not None and not (form or how)]
-    if not fields or len(fields) < sum(piece[1] is not None for piece in pieces) or "" in fields:
-        raise _bad_template(name, "no column in braces")
-    return tuple(dict.fromkeys(fields))
-
-
-def _bad_template(name: str, found: str) -> ConfigurationError:
-    return ConfigurationError(
-        "a template cannot be read",
-        expected='columns in braces, such as "Summarize: {dialogue}"; other braces doubled',
-        found=f"{found} in {name!r}",
-    )
-
-
-def _cells(data: Dataset, name: str, fields: Sequence[str]) -> Iterator[Any]:
-    """A column, or a template filled in for each row."""
-    if "{" not in name:
-        yield from column(data, name)
-        return
-    columns = [column(data, field) for field in fields]
-    for row, values in enumerate(zip(*columns, strict=True)):
-        for field, value in zip(fields, values, strict=True):
-            if value is None:
-                raise _bad_row(row, "lacks a value", "text", "an empty one", field)
-        texts = {field: _written(value) for field, value in zip(fields, values, strict=True)}
-        # What stands in braces is a name, whatever it looks like.
-        yield "".join(
-            literal + ("" if field is None else texts[field])
-            for literal, field, _, _ in Formatter().parse(name)
-        )
-
-
-def _written(value: Any, between: str = " | ") -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return between.join(_written(item, " : ") for item in value)
-    return str(value)
 
 
 def _are_messages(value: Any) -> bool:
