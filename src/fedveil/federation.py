@@ -22,7 +22,7 @@ from fedveil.engine.in_process import Workplace, workers
 from fedveil.engine.memory import ClientFiles
 from fedveil.engine.rounds import clear
 from fedveil.errors import AuditError, ConfigurationError, DataError, FedveilError
-from fedveil.schemes import FedQSN, Scheme
+from fedveil.schemes import FedQSN, Scheme, ServerSide, Transfer, check_public
 from fedveil.secret import Secret
 from fedveil.state import architecture_of, copy_of, load_state, read_state, with_state
 from fedveil.training import Dataset, Prepared, Task, Trainer, Training
@@ -91,6 +91,10 @@ class Federation:
             whose clients are called ``client-00`` and so on; or :class:`Remote` clients.
         task: What the model is trained for.
         scheme: The method; :class:`FedQSN` unless told.
+        public: What the model was fine-tuned from, if anybody can get that. Clients are then sent
+            proxies of it, and not a byte depends on the model: what they teach the public one is
+            added to the owner's (:class:`~fedveil.schemes.Transfer`). Without it, proxies are of
+            the model itself.
         training: How clients train.
         test: The owner's test set; without it nothing is measured.
         evaluation: What is measured, and how often.
@@ -137,6 +141,7 @@ class Federation:
         *,
         task: Task,
         scheme: Scheme | None = None,
+        public: nn.Module | None = None,
         training: Training | None = None,
         test: Rows | None = None,
         evaluation: Evaluation | None = None,
@@ -186,12 +191,16 @@ class Federation:
         self._trainers = {
             name: _trainer(name, task, data, self.training) for name, data in named.items()
         }
-        self.scheme.server(self._model, self._secret)  # says now what it cannot work with
+        self._public = None
+        if public is not None:
+            check_public(self.scheme, public, self._model)
+            self._public = copy_of(public) if copy else public
+        self._server()  # says now what it cannot work with
         self._is_own, self._fingerprint = copy, _fingerprint(self._model)
 
     def run(
         self,
-        rounds: int,
+        rounds: int = 1,
         *,
         resume: bool = False,
         overwrite: bool = False,
@@ -228,7 +237,7 @@ class Federation:
                 fix="Pass secret=Secret.from_file(...), to both runs.",
             )
         configuration = self.configuration()
-        server = self.scheme.server(self._model, self._secret)
+        server = self._server()
         # What measures takes memory only if there is something to measure it on.
         measured = self._architecture(None if self._test is not None else "meta")
         own = self.scheme.tensors(self._model)
@@ -272,12 +281,18 @@ class Federation:
         """The base: what the federation begins with. Not to be changed."""
         return self._model
 
+    @property
+    def released(self) -> nn.Module:
+        """What proxies are of: the public model if there is one, else the base. Likewise."""
+        return self._model if self._public is None else self._public
+
     def stage(self, public: nn.Module | None = None) -> Stage:
         """What an audit of the run in ``out`` measures with; see :func:`fedveil.audit.audit`.
 
         Args:
             public: A model of the same architecture that anybody can get, from which attackers may
-                begin: what the owner began with himself, if that is public. None if there is none.
+                begin: what the owner began with himself, if that is public. None if there is none
+                but what the federation releases in the model's place.
 
         Raises:
             AuditError: There is no finished round, no folder, or no test set.
@@ -294,8 +309,9 @@ class Federation:
             raise AuditError(
                 "The run has no finished round", where=str(self._out), fix="Run the federation."
             )
-        server = self.scheme.server(self._model, self._secret)
+        server = self._server()
         server.restore(checkpoint.state)
+        known = public if public is not None else self._public
         models = {"base": read_state(self._model)}
         if "server_model" in server.views:
             models["server_model"] = server.view("server_model")
@@ -306,7 +322,7 @@ class Federation:
             self.training,
             {name: trainer.data for name, trainer in self._trainers.items()},
             {**models, "global": server.final()},
-            None if public is None else read_state(public),
+            None if known is None else read_state(known),
             self._seed,
         )
 
@@ -336,14 +352,21 @@ class Federation:
             "model": self._fingerprint,
             # Only where it is set: earlier versions did not know it.
             **({} if self._exposure_limit is None else {"exposure_limit": self._exposure_limit}),
+            **({} if self._public is None else {"public": _fingerprint(self._public)}),
         }
+
+    def _server(self) -> ServerSide:
+        if self._public is None:
+            return self.scheme.server(self._model, self._secret)
+        return Transfer(self.scheme, self._public, self._model, self._secret)
 
     def _in_process(self, memories: ClientFiles | None) -> AbstractContextManager[Crew]:
         return workers(replace(self.workplace(), memories=memories), self._workers)
 
     def _architecture(self, device: str | None = None) -> nn.Module:
         """What everybody has of the model: all but the values of what the scheme releases."""
-        return architecture_of(self._model, device, zero=self.scheme.tensors(self._model))
+        released = self.released
+        return architecture_of(released, device, zero=self.scheme.tensors(released))
 
     def workplace(self) -> Workplace:
         """What clients have, for who does their part: no weights, no secret."""

@@ -9,10 +9,15 @@ from audit_samples import CLIENTS, Recorded, across_units, net, stochastic
 import toys
 from fedveil.audit import Evidence
 from fedveil.audit.attacks import (
+    FACTORS,
+    SHARES,
     Loot,
+    amplify,
     average,
+    between,
     distil,
     extrapolate,
+    federate,
     fill,
     heal,
     infer_updates,
@@ -267,3 +272,66 @@ def test_an_empty_loot_knows_nothing(tmp_path):
     evidence = Recorded(tmp_path, FedQSN(**EXACT)).play(1)
     assert Loot.empty(evidence.manifest).share() == 0
     assert union(evidence, []).share() == 0
+
+
+def states(dtype=torch.float32):
+    """Two models' tensors, with a counter that is no weight."""
+    torch.manual_seed(3)
+    one, other = ({"w": torch.randn(40, 5).to(dtype), "b": torch.randn(5)} for _ in range(2))
+    return {**one, "n": torch.tensor(3)}, {**other, "n": torch.tensor(8)}
+
+
+class TestBetween:
+    @pytest.mark.parametrize("share", [0.0, *SHARES, 1.0])
+    def test_is_a_point_on_the_line(self, share):
+        start, end = states()
+        found = between(start, end, share)
+        for name in "wb":
+            torch.testing.assert_close(found[name], (1 - share) * start[name] + share * end[name])
+        assert int(found["n"]) == 8
+
+    def test_keeps_dtypes(self):
+        start, end = states(torch.bfloat16)
+        assert between(start, end, 0.5)["w"].dtype == torch.bfloat16
+
+
+class TestAmplify:
+    @pytest.mark.parametrize("factor", FACTORS)
+    def test_undoes_a_release_of_a_fraction(self, factor):
+        public, own = states()
+        shown = between(public, own, 1 / factor)
+        assert error({**amplify(public, shown, factor), "n": own["n"]}, own) < 1e-5
+        assert error(shown, own) > 0.3
+
+    def test_is_of_no_use_where_nothing_was_shown(self):
+        public, _ = states()
+        assert toys.same(amplify(public, dict(public), 10.0), public)
+
+
+class TestFederate:
+    def test_attackers_with_other_classes_each_know_more_together(self):
+        task, test = ImageClassification(num_labels=3), toys.rows(300, seed=50)
+        data = {
+            f"a{label}": task.prepare(
+                [row for row in toys.rows(90, label) if row["label"] != label]
+            )
+            for label in range(3)
+        }
+        training = Training(steps=20, batch_size=16, learning_rate=0.01)
+        model, start = net(), toys.weights(net())
+        prepared = task.prepare(test)
+        reached = {}
+        for name in ([*data][:1], [*data]):
+            chosen = {one: data[one] for one in name}
+            found = federate(model, task, chosen, training, start, rounds=2, seed=1)
+            load_state(model, found)
+            reached[len(name)] = evaluate(model, task, prepared)["accuracy"]
+        assert reached[1] < 70
+        assert reached[3] > reached[1] + 20
+
+    def test_what_it_begins_with_stays_as_it_is(self):
+        task, start = ImageClassification(num_labels=3), toys.weights(net())
+        before = {name: tensor.clone() for name, tensor in start.items()}
+        data = {"a": task.prepare(toys.rows(12)), "b": task.prepare(toys.rows(12, 1))}
+        federate(net(seed=4), task, data, toys.FAST, start)
+        assert toys.same(start, before)

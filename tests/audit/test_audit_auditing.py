@@ -1,5 +1,6 @@
 """Whole audits of small runs."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -11,9 +12,11 @@ from torch import nn
 import fedveil
 import toys
 from fedveil.audit import Attacked, Audit, Evidence, audit
+from fedveil.audit.attacks import between
 from fedveil.audit.words import sentence, title
 from fedveil.errors import AuditError, ConfigurationError
 from fedveil.schemes import FedAvg, FedQSN
+from fedveil.state import load_state, read_state
 from fedveil.training import ImageClassification, Training
 from fedveil.wire import Dense
 
@@ -37,14 +40,14 @@ def wide(seed=0):
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, CLASSES))
 
 
-def federation(out, scheme, **changes):
+def federation(out, scheme, model=None, **changes):
     clients = {f"c{i}": examples(60, i, (i, (i + 1) % CLASSES)) for i in range(CLASSES)}
     settings = {
         "task": ImageClassification(num_labels=CLASSES), "scheme": scheme, "out": out,
         "training": Training(steps=15, batch_size=16, learning_rate=0.01),
         "test": examples(400, 99), "secret": toys.SECRET, "keep_messages": True, **changes,
     }  # fmt: skip
-    return fedveil.Federation(wide(), clients, **settings)
+    return fedveil.Federation(model or wide(), clients, **settings)
 
 
 def audited(out, scheme, rounds=4, full=False, **changes):
@@ -63,6 +66,32 @@ def best(found, clients, **more):
     tried = [a for a in found.attacks if a.released and len(a.clients) == clients]
     tried = [a for a in tried if all(getattr(a, k) == v for k, v in more.items())]
     return max(attack.measures["accuracy"] for attack in tried)
+
+
+class TestAFractionOfTheWayToTheOwnersModel:
+    """Who releases a model between the public one and his own."""
+
+    def test_is_all_of_it(self, tmp_path):
+        public, rows = wide(seed=7), {"o": examples(400, 5)}
+        tuning = Training(steps=60, batch_size=16, learning_rate=0.01)
+        task, secret = ImageClassification(num_labels=CLASSES), toys.SECRET
+        owner = fedveil.Federation(
+            public, rows, task=task, training=tuning, scheme=FedAvg(), secret=secret
+        )
+        own = owner.run(1).global_model
+        shown = copy.deepcopy(public)
+        load_state(shown, between(read_state(public), read_state(own), 0.1))
+        scheme = FedQSN.once(server_mask=0.0, bits=None)
+        run = federation(tmp_path, scheme, model=shown)
+        run.run(1)
+        stage = run.stage(public)
+        models = {**stage.models, "base": read_state(own), "global": read_state(own)}
+        stage = replace(stage, models=models)
+        found = audit(Evidence(tmp_path), stage, full=True, coalitions=(1,))
+        amplified = best(found, 1, polish="amplification")
+        assert amplified == pytest.approx(found.models["global"]["accuracy"], abs=0.5)
+        assert best(found, 1, polish="") < amplified - 10
+        assert found.strongest.leak > 0.9
 
 
 class TestThePapersRecipe:
@@ -91,7 +120,9 @@ class TestThePapersRecipe:
         assert {attack.attack for attack in paper.attacks} == {
             "own data alone", "union", "average", "intersection", "extrapolation",
         }  # fmt: skip
-        assert {attack.polish for attack in paper.attacks} == {"", "healing", "distillation"}
+        assert {attack.polish for attack in paper.attacks} == {
+            "", "healing", "distillation", "souping", "federating", "amplification",
+        }  # fmt: skip
         assert {a.holes for a in paper.attacks if a.released} == {"zeros", "public"}
         assert {a.holes for a in paper.attacks if not a.released} == {"nothing", "public"}
         assert all(title(attack) for attack in paper.attacks)

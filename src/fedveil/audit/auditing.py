@@ -8,11 +8,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedveil.audit.attacks import (
+    FACTORS,
+    SHARES,
     Loot,
     UpdateGuess,
+    amplify,
     average,
+    between,
     distil,
     extrapolate,
+    federate,
     fill,
     heal,
     infer_updates,
@@ -75,7 +80,8 @@ def audit(
     # Of messages that do not fit their units nobody can say what is known: the alarm says enough.
     if not any(alarm.raised for alarm in alarms if alarm.check == "withheld units"):
         exposure = _exposure_of(evidence)
-        order = _by_what_they_saw(exposure)
+        rows = evidence.manifest.configuration.get("clients", {})
+        order = _by_what_they_saw(exposure, rows)
     for clients in _coalitions([name for name in order if name in stage.data], sizes):
         attempt.by(clients)
     found = Audit(
@@ -124,6 +130,7 @@ class _Attempt:
         loot = union(self.evidence, sent)
         start, holes = self._with_holes("union", clients, sent, loot)
         self._train("union", clients, sent, loot, start, holes)
+        self._amplify("union", clients, sent, loot, start, holes)
         for last in self._shorter(sent) if self.full or len(clients) == 1 else ():
             short = [kept for kept in sent if kept.round <= last]
             self._fill("union", clients, short, union(self.evidence, short), holes)
@@ -154,13 +161,35 @@ class _Attempt:
             tell=lambda text: self.tell(f"{who}: own data alone, {text}"),
         )  # fmt: skip
         reached = self._better(stage.measure(start), stage.measure(healed.state))
+        self._note_own(clients, origin, "healing", reached)
+        if self.full:
+            for polish, state in self._further(clients, sent, stage.whole(start), healed.state):
+                self._note_own(clients, origin, polish, stage.measure(state))
+
+    def _note_own(
+        self, clients: tuple[str, ...], origin: str, polish: str, reached: dict[str, float]
+    ) -> None:
         self.own[clients] = self._better(reached, self.own.get(clients, reached))
         self.found.append(
             Attacked(
-                "own data alone", clients, 0, False, origin, "healing", reached,
+                "own data alone", clients, 0, False, origin, polish, reached,
                 leak=0.0, gain_shown=self._gain(reached),
             )
         )  # fmt: skip
+
+    def _further(
+        self, clients: tuple[str, ...], sent: Sequence[Kept], start: State, healed: State
+    ) -> Iterator[tuple[str, State]]:
+        """What else comes of training a model on: on the way back, and each attacker on his own."""
+        for share in SHARES:
+            yield "souping", between(start, healed, share)
+        if len(clients) > 1:
+            stage, who = self.stage, _who(clients)
+            yield "federating", federate(
+                stage.model, stage.task, {name: stage.data[name] for name in clients},
+                stage.training, start, rounds=len({kept.round for kept in sent}), seed=stage.seed,
+                tell=lambda text: self.tell(f"{who}: federating, {text}"),
+            )  # fmt: skip
 
     def _with_holes(
         self, name: str, clients: tuple[str, ...], sent: Sequence[Kept], loot: Loot
@@ -196,6 +225,9 @@ class _Attempt:
             seed=stage.seed, tell=lambda text: self.tell(f"{who}: healing, {text}"),
         )  # fmt: skip
         self._note(name, clients, sent, loot, healed.state, holes, "healing")
+        if self.full:
+            for polish, state in self._further(clients, sent, start, healed.state):
+                self._note(name, clients, sent, loot, state, holes, polish)
         if self.full and scores_of(stage.task) is not None:
             student = stage.public if stage.public is not None else self._untrained()
             taught = distil(
@@ -204,6 +236,21 @@ class _Attempt:
                 tell=lambda text: self.tell(f"{who}: distilling, {text}"),
             )  # fmt: skip
             self._note(name, clients, sent, loot, taught.state, holes, "distillation")
+
+    def _amplify(
+        self,
+        name: str,
+        clients: tuple[str, ...],
+        sent: Sequence[Kept],
+        loot: Loot,
+        stolen: State,
+        holes: str,
+    ) -> None:
+        public = self.stage.public
+        if public is not None:
+            for factor in FACTORS if self.full else ():
+                state = amplify(public, stolen, factor)
+                self._note(name, clients, sent, loot, state, holes, "amplification")
 
     def _note(
         self,
@@ -293,8 +340,11 @@ def _exposure_of(evidence: Evidence) -> Exposure:
     return exposure
 
 
-def _by_what_they_saw(exposure: Exposure) -> list[str]:
-    """Clients so that each adds most to what those before hold; ties go to who was sent more."""
+def _by_what_they_saw(exposure: Exposure, rows: Mapping[str, int | None]) -> list[str]:
+    """Clients so that each adds most to what those before hold.
+
+    Ties go to who was sent more, and then to who has more data of his own.
+    """
     sent = {name: [number for number, *_ in exposure.releases([name])] for name in exposure.clients}
     chosen: list[str] = []
     while len(chosen) < len(sent):
@@ -303,7 +353,8 @@ def _by_what_they_saw(exposure: Exposure) -> list[str]:
             max(
                 rest,
                 key=lambda name: (
-                    exposure.share([*chosen, name]), sent[name][-1], len(sent[name]), name,
+                    exposure.share([*chosen, name]), sent[name][-1], len(sent[name]),
+                    rows.get(name) or 0, name,
                 ),
             )
         )  # fmt: skip

@@ -93,9 +93,10 @@ class Exposure:
     Every release is written down before it leaves, so that a crash can at most count too much.
     Reading changes nothing on disk.
 
-    What a share says: how many of the model's numbers some clients were ever sent, in any round, at
-    any number of bits. Of a tensor that is cut along two axes a number counts as shown if its row
-    and its column were ever shown, though not together: the share is never too small.
+    What a share says: how many of the owner's model's numbers some clients were ever sent, in any
+    round, at any number of bits. Of a tensor that is cut along two axes a number counts as shown if
+    its row and its column were ever shown, though not together: the share is never too small. Where
+    a public model is released in the owner's place, none are his.
 
     What it does NOT bound: what can be guessed of the rest (from a public base, or by training on
     own data); how well the shown part works as a model; what the trained model's other releases
@@ -222,7 +223,9 @@ class Exposure:
         return shared / self._manifest.parameters
 
     def _elements(self, shown: Shown) -> Iterator[tuple[str, int]]:
-        """Per floating-point tensor, how many of its numbers are shown."""
+        """Per floating-point tensor, how many of the owner's numbers are shown."""
+        if self._manifest.is_of_public:
+            return
         tensors = self._manifest.tensors
         groups = [group for group in self._manifest.groups if group.name in shown.units]
         released = {

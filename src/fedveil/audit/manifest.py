@@ -79,6 +79,11 @@ class Manifest:
         return cls(configuration, tensors, groups, str(config_file) if config_file else None)
 
     @property
+    def is_of_public(self) -> bool:
+        """Whether releases are of a public model, and hold nothing of the owner's."""
+        return "public" in self.configuration
+
+    @property
     def parameters(self) -> int:
         """Floating-point numbers in the model."""
         return sum(info.numel for info in self.tensors.values() if info.is_floating_point)

@@ -208,7 +208,7 @@ def _filling(name: str, run: Path) -> Mapping[str, Tensor] | None:
     if name != _BASE:
         return read_model(name)
     try:
-        return read_state(_reopen(run)[1].model)
+        return read_state(_reopen(run)[1].released)
     except AuditError as error:
         fix = "Give the public base with --base FILE, or say --base none."
         raise AuditError(
@@ -242,7 +242,7 @@ def _public(name: str, config: Config, federation: Federation) -> nn.Module | No
     if name == _NONE:
         return None
     if name == _BASE:
-        return federation.model
+        return federation.released
     from fedveil.config.models import load_model
     from fedveil.config.sources import load_rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -56,6 +57,7 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
     rows = load_rows(config)
     folder, seed = config.path.parent, config.federation.seed
     model = load_model(config.model, config.data.task, rows.names, folder, seed=seed)
+    public = _load_public(config, rows.names)
     task = _task(config, model, len(rows.names))
     if config.generation is not None:
         assert isinstance(task, CausalLM | Seq2Seq)
@@ -66,6 +68,7 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
         rows.clients if config.partners is None else Remote(tuple(config.partners.names)),
         task=task,
         scheme=config.scheme,
+        public=public,
         training=config.training,
         test=rows.test,
         evaluation=config.evaluation,
@@ -81,6 +84,15 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
     )
     federation.config_file = config.path.absolute()
     return federation
+
+
+def _load_public(config: Config, names: Sequence[str]) -> nn.Module | None:
+    """What is released in the model's place, if it is another model."""
+    if config.model.public is None:
+        return None
+    table = config.model.model_copy(update={"name": config.model.public, "new_head": True})
+    folder, seed = config.path.parent, config.federation.seed
+    return load_model(table, config.data.task, names, folder, seed=seed)
 
 
 def build_workplace(config: Config) -> Workplace:

@@ -43,7 +43,9 @@ _TABLES = (
     "generation",
     "federation",
 )
-_PRESETS: Mapping[str, Mapping[str, Callable[..., Scheme]]] = {"fedqsn": {"paper": FedQSN.paper}}
+_PRESETS: Mapping[str, Mapping[str, Callable[..., Scheme]]] = {
+    "fedqsn": {"paper": FedQSN.paper, "once": FedQSN.once}
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,12 @@ def load_config(path: str | Path) -> Config:
     tables = {name: raw[name] if isinstance(raw.get(name), dict) else {} for name in _TABLES}
     if {"lora", "adapter"} <= tables["model"].keys():
         problems.add("Two adapters", "model", fix="Leave out `lora` or `adapter`.")
+    if {"public", "adapter"} <= tables["model"].keys():
+        problems.add(
+            "An adapter of your own is not the public model's", "model", "public",
+            fix="Merge it into the model first (PEFT's merge_and_unload), and train a new one "
+            "with `lora`; or leave `public` out.",
+        )  # fmt: skip
     data = _read(DataTable, "data", tables["data"], problems)
     partition = _read(PartitionTable, "partition", tables["partition"], problems)
     scheme, scheme_name = _read_scheme(tables["scheme"], problems)

@@ -85,6 +85,8 @@ def rehearse(config: Config, folder: Path) -> Rehearsal:
     with quiet():
         data = _write_rows(config, folder)
     model, words = _write_model(config, folder)
+    if config.model.public is not None and "name" in words:
+        words["public"] = words["name"]
     lora = config.model.lora if config.model.adapter is None else _adapter_like(config)
     return Rehearsal(
         dataclasses.replace(

@@ -45,6 +45,8 @@ class ModelTable(Table):
 
     Attributes:
         name: A folder, a name on the hub, or "module:function" that returns an nn.Module.
+        public: What it was fine-tuned from, if anybody can get that: named likewise, and released
+            in its place. Its head is new, unless it has one of the same size.
         num_labels: Number of classes; by default as many as the data have.
         tokenizer: A folder or hub name, if it is not the model's.
         dtype: What the weights are loaded as.
@@ -54,6 +56,7 @@ class ModelTable(Table):
     """
 
     name: Word
+    public: Word | None = None
     num_labels: Annotated[int, Field(ge=2)] | None = None
     tokenizer: Word | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

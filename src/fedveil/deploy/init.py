@@ -98,7 +98,7 @@ def write_deployment(config: Config, address: Address, out: Path) -> list[Path]:
             found=repr(config.partners.keys),
             where=str(config.path),
         )
-    model = build(config).model  # says now what is wrong with the file
+    model = build(config).released  # says now what is wrong with the file
     open_secret(config)
     certificate = write_certificates(owner / "tls", address.host)
     _write_owner(config, address, owner)
@@ -148,18 +148,23 @@ def _write_partner(
     for file in ("supernode.service", "README.md", *(() if address.is_local else _CONTAINERS)):
         write_public(folder / file, _filled(f"partner/{file}", words))
     write_public(folder / "partner.toml", _partner_file(config, name))
-    module = config.path.parent / f"{config.model.name.partition(':')[0]}.py"
+    module = config.path.parent / f"{_released(config).partition(':')[0]}.py"
     if _is_saved(config):
         _save_architecture(config, model, folder / _ARCHITECTURE)
     elif (
-        is_function(config.model.name) and module.is_file()
+        is_function(_released(config)) and module.is_file()
     ):  # else the function is of an installed package
         write_public(folder / module.name, module.read_bytes())
 
 
+def _released(config: Config) -> str:
+    """The name of what clients train: not that of the owner's model, if another is released."""
+    return config.model.public or config.model.name
+
+
 def _is_saved(config: Config) -> bool:
     """Whether clients are given the architecture, rather than a name under which they have it."""
-    return not is_function(config.model.name) and not config.scheme.clients_hold_rest
+    return not is_function(_released(config)) and not config.scheme.clients_hold_rest
 
 
 def _save_architecture(config: Config, model: nn.Module, folder: Path) -> None:
@@ -172,7 +177,7 @@ def _save_architecture(config: Config, model: nn.Module, folder: Path) -> None:
 
 def _partner_file(config: Config, name: str) -> str:
     """A client's partner.toml: nothing in it that a client need not know."""
-    model: dict[str, Any] = {"name": config.model.name}
+    model: dict[str, Any] = {"name": _released(config)}
     if _is_saved(config):
         model["name"] = _ARCHITECTURE
     elif config.model.tokenizer is not None:

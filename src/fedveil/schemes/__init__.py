@@ -6,6 +6,7 @@ from fedveil.schemes.fedavg import FedAvg
 from fedveil.schemes.fedlpp import FedLPP
 from fedveil.schemes.fedqsn import FedQSN
 from fedveil.schemes.registry import register_scheme, scheme_class, scheme_names
+from fedveil.schemes.transfer import Transfer, check_public
 
 __all__ = [
     "ClientSide",
@@ -15,6 +16,8 @@ __all__ = [
     "Scheme",
     "ServerSide",
     "ServerState",
+    "Transfer",
+    "check_public",
     "examples_of",
     "register_scheme",
     "scheme_class",

@@ -151,6 +151,15 @@ class FedQSN(Scheme):
         )
         return replace(paper, **changes)
 
+    @classmethod
+    def once(cls, **changes: Any) -> FedQSN:
+        """For a single round, in which all clients do all their work: nothing of the gain is shown.
+
+        No client mask, as clients who train different parts merge less well; updates are merged by
+        least squares (RegMean).
+        """
+        return replace(cls(client_mask=0.0, aggregation="regmean"), **changes)
+
     @property
     def masking(self) -> Masking:
         """The mask configuration."""
