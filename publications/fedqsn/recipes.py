@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedveil.schemes import FedAvg, FedQSN, Scheme
+from fedveil.schemes import FedAvg, FedLPP, FedQSN, Scheme
 
-__all__ = ["RECIPES", "Recipe"]
+__all__ = ["COALITIONS", "Recipe", "recipes_of"]
+
+COALITIONS = (1, 3)
+"""Clients who pool what they were sent, of ten."""
 
 
 @dataclass(frozen=True)
@@ -18,41 +21,54 @@ class Recipe:
         scheme: What clients get.
         releases: Rounds in which all clients take part and do all their work; None for the scene's
             own plan of many rounds.
-        ancestor: Release the public model that the owner's was made from, and nothing of his own.
+        public: Release the public model that the owner's was fine-tuned from, and nothing of his.
+        full: Try every attack there is, and not only the quick set.
+        attacked: Whether to attack it at all.
     """
 
     scheme: Scheme
     releases: int | None = None
-    ancestor: bool = False
+    public: bool = False
+    full: bool = False
+    attacked: bool = True
 
 
 def once(server_mask: float, bits: int | None = 4, **changes: object) -> Recipe:
-    """One release, merged with RegMean."""
-    scheme = FedQSN(
-        server_mask=server_mask, client_mask=0.0, bits=bits, aggregation="regmean", **changes
-    )
-    return Recipe(scheme, 1)
+    """One release of the base, merged with RegMean."""
+    return Recipe(FedQSN.once(server_mask=server_mask, bits=bits, **changes), 1)
 
 
-RECIPES: Mapping[str, Recipe] = {
-    "FedAvg": Recipe(FedAvg()),
-    "FedAvg, once": Recipe(FedAvg(), 1),
-    "FedQSN, paper": Recipe(FedQSN.paper()),
-    "FedQSN, masks and mean": Recipe(FedQSN()),
-    "once, 4 bit, 0 %": once(0.0),
-    "once, 4 bit, 10 %": once(0.1),
-    "once, 4 bit, 20 %": once(0.2),
-    "once, 4 bit, 30 %": once(0.3),
-    "once, 4 bit, 40 %": once(0.4),
-    "once, 3 bit, 10 %": once(0.1, 3),
-    "once, 3 bit, 20 %": once(0.2, 3),
-    "once, 3 bit, 30 %": once(0.3, 3),
-    "once, 4 bit, 20 %, server": once(0.2, merge="server"),
-    "once, 4 bit, 30 %, server": once(0.3, merge="server"),
-    "once, 4 bit, 40 %, server": once(0.4, merge="server"),
-    "once, 4 bit, 10 %, heads": once(0.1, units="neurons"),
-    "once, 4 bit, 20 %, heads": once(0.2, units="neurons"),
-    "twice, 4 bit, 10 %": Recipe(once(0.1).scheme, 2),
-    "ancestor once, 4 bit": Recipe(once(0.0).scheme, 1, ancestor=True),
-    "ancestor once, 8 bit": Recipe(once(0.0, 8).scheme, 1, ancestor=True),
+_PUBLIC = FedQSN.once(server_mask=0.0)
+
+_MAIN: Mapping[str, Recipe] = {
+    # Clients hold the global model: there is nothing to attack.
+    "FedAvg": Recipe(FedAvg(), attacked=False),
+    "public": Recipe(_PUBLIC, 1, public=True, full=True),
+    "paper": Recipe(FedQSN.paper(), full=True),
+    "once, 20 %": once(0.2),
 }
+_FRONTIER: Mapping[str, Recipe] = {
+    **_MAIN,
+    "once, 0 %": once(0.0),
+    "once, 10 %": once(0.1),
+    "once, 40 %, server model": once(0.4, merge="server"),
+    "once, 20 %, 3 bit": once(0.2, 3),
+    "public, mean": Recipe(FedQSN.once(server_mask=0.0, aggregation="mean"), 1, public=True),
+    "public, 3 releases": Recipe(_PUBLIC, 3, public=True),
+}
+_ADAPTERS: Mapping[str, Recipe] = {
+    "FedAvg": Recipe(FedLPP(bits=None), attacked=False),
+    "public": Recipe(FedLPP(bits=None, aggregation="regmean"), 1, public=True),
+    "FedLPP, 3 bit": Recipe(FedLPP(bits=3)),
+    "once": Recipe(FedLPP(bits=None, aggregation="regmean"), 1),
+}
+_NOTHING_PUBLIC: Mapping[str, Recipe] = {
+    name: recipe
+    for name, recipe in {**_FRONTIER, "once, 30 %, server model": once(0.3, merge="server")}.items()
+    if not recipe.public
+}
+
+
+def recipes_of(scene: str) -> Mapping[str, Recipe]:
+    """What is tried on a scene, by name."""
+    return {"bbc": _FRONTIER, "headlines": _ADAPTERS, "digits": _NOTHING_PUBLIC}.get(scene, _MAIN)

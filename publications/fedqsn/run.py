@@ -1,7 +1,7 @@
-"""What owners keep and attackers get, by recipe: the table and the picture of README.md.
+"""What owners keep and attackers get, by recipe: the tables and the picture of README.md.
 
-    python publications/fedqsn/run.py                      # everything, 3 seeds
-    python publications/fedqsn/run.py --scenes digits --seeds 0 --only FedAvg "once, 4 bit, 10 %"
+    python publications/fedqsn/run.py                      # everything, 3 seeds, two processes
+    python publications/fedqsn/run.py --scenes digits --seeds 0 --only FedAvg public
 
 Finished runs are in results.jsonl beside this file, and are not repeated. B is the owner's base, F
 what FedAvg makes of it, G the recipe's global model, A the best attacker of the audit, O the best
@@ -11,16 +11,20 @@ that the same attacker reaches with none of the released bytes.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import multiprocessing
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from recipes import RECIPES, Recipe
+import torch
+from recipes import COALITIONS, Recipe, recipes_of
 from scenes import SCENES, Scene
+from tables import draw, table
 
 from fedveil import Federation, Secret
 from fedveil.audit import Audit, Evidence, audit
@@ -28,46 +32,47 @@ from fedveil.config.models import quiet_transformers
 from fedveil.demo import fast_matmul
 from fedveil.demo.setting import offline
 from fedveil.engine import Evaluation
-from fedveil.engine.crew import threads
 from fedveil.training import evaluate
-from fedveil.training.metrics import metric_named
+from fedveil.training.metrics import metric_named, metric_of
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from results import Results
 
-COALITIONS = (1, 3)
 SECRET = Secret(hashlib.sha256(b"fedveil publications").digest())
 
 
-def run(scene: Scene, recipe: Recipe, seed: int, workers: int, *, full: bool) -> dict[str, Any]:
+def run(scene: Scene, recipe: Recipe, seed: int, *, full: bool) -> dict[str, Any]:
     """One federation and its audit: what models reach, by name and coalition."""
-    plan = scene.plan
+    plan, started = scene.plan, time.perf_counter()
     if recipe.releases is not None:
         plan = plan.at_once(len(scene.clients), recipe.releases)
-    start, started = scene.public if recipe.ancestor else scene.base, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         federation = Federation(
-            start, scene.clients, task=scene.task, scheme=recipe.scheme, test=scene.test,
+            scene.base, scene.clients, task=scene.task, scheme=recipe.scheme, test=scene.test,
+            public=scene.public if recipe.public else None,
             training=plan.training, clients_per_round=plan.clients_per_round, secret=SECRET,
-            seed=seed, workers=workers, out=Path(folder), keep_messages="proxies",
+            seed=seed, out=Path(folder), keep_messages="proxies",
             evaluation=Evaluation(every=0, base=False),
         )  # fmt: skip
         result = federation.run(plan.rounds)
-        with threads(2):
-            found = audit(
-                Evidence(folder), federation.stage(scene.public), full=full, coalitions=COALITIONS
-            )
-            base = evaluate(scene.base, scene.task, scene.test)[found.metric]
+        trained = time.perf_counter() - started
+        base = evaluate(scene.base, scene.task, scene.test)
+        found = None
+        if recipe.attacked:
+            stage = federation.stage(scene.public)
+            found = audit(Evidence(folder), stage, full=full, coalitions=COALITIONS)
+    metric = metric_of(scene.task).name
     return {
-        "metric": found.metric,
-        "B": base,
-        "G": found.models["global"][found.metric],
-        "server": found.models.get("server_model", {}).get(found.metric),
-        "attacks": {str(size): attacked(found, size, base) for size in COALITIONS},
+        "metric": metric,
+        "B": base[metric],
+        "G": result.rounds[-1].measures["global"][metric],
+        "attacks": {} if found is None else {
+            str(size): attacked(found, size, base[metric]) for size in COALITIONS
+        },
         "down": result.mean_bytes_down() * plan.rounds / result.parameters_bytes,
         "full": full,
-        "seconds": time.perf_counter() - started,
-    }
+        "seconds": [round(trained), round(time.perf_counter() - started - trained)],
+    }  # fmt: skip
 
 
 def attacked(found: Audit, size: int, base: float) -> dict[str, Any]:
@@ -78,54 +83,35 @@ def attacked(found: Audit, size: int, base: float) -> dict[str, Any]:
     alone = metric.best((a for a in mine if not a.released), lambda one: one.measures)
     assert best is not None
     assert alone is not None
-    reached, own = best.measures[metric.name], alone.measures[metric.name]
     end = found.models["global"][metric.name]
+    reached, own = best.measures[metric.name], alone.measures[metric.name]
+    kinds: dict[str, float] = {}
+    for attack in mine:
+        kind = ", ".join(filter(None, (attack.attack, attack.holes, attack.polish)))
+        value = attack.measures[metric.name]
+        if kind not in kinds or metric.lead(value, kinds[kind]) > 0:
+            kinds[kind] = value
     return {
         "A": reached,
         "O": own,
-        "how": ", ".join(filter(None, (best.attack, best.holes, best.polish))),
         "leak": metric.share(reached, own, end),
         "gain": metric.share(reached, base, end),
+        "own gain": metric.share(own, base, end),
+        "kinds": kinds,
     }
 
 
-def table(results: Results, scene: str) -> str:
-    """Means over seeds in Markdown; shares are of the means, as a single seed may lack one."""
-    lines = [
-        "| recipe | seeds | G | kept | one client: A, O, leak | gain shown | three: A, O, leak |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    fedavg = results.by_seed(f"{scene}: FedAvg")
-    for recipe in RECIPES:
-        rows = results.by_seed(f"{scene}: {recipe}")
-        if not rows:
-            continue
-        metric = metric_named(next(iter(rows.values()))["metric"])
-        base, final = (mean(row[key] for row in rows.values()) for key in ("B", "G"))
-        both = rows.keys() & fedavg.keys()
-        kept = None
-        if both:
-            kept = metric.share(
-                mean(rows[seed]["G"] for seed in both),
-                mean(rows[seed]["B"] for seed in both),
-                mean(fedavg[seed]["G"] for seed in both),
-            )
-        cells = [recipe, str(len(rows)), metric.figure(final), percent(kept)]
-        for size in COALITIONS:
-            reached, own = (
-                mean(row["attacks"][str(size)][key] for row in rows.values()) for key in "AO"
-            )
-            leak = percent(metric.share(reached, own, final))
-            cells.append(f"{metric.figure(reached)}, {metric.figure(own)}, {leak}")
-            if size == 1:
-                cells.append(percent(metric.share(reached, base, final)))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+@functools.lru_cache(maxsize=1)
+def scene_of(name: str, seed: int) -> Scene:
+    """A worker makes the scene once for all recipes that it is given of it, one after another."""
+    return SCENES[name](seed)
 
 
-def percent(share: float | None) -> str:
-    """A share in percent, or a dash."""
-    return "–" if share is None else f"{100 * share:.0f} %"
+def work(name: str, seed: int, recipe: str, full: bool) -> dict[str, Any]:
+    """One run, on one thread."""
+    torch.set_num_threads(1)
+    with offline(), fast_matmul(), quiet_transformers():
+        return run(scene_of(name, seed), recipes_of(name)[recipe], seed, full=full)
 
 
 def main() -> None:
@@ -133,27 +119,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--scenes", nargs="+", choices=SCENES, default=list(SCENES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="an audit of a minute, to find a way")
+    parser.add_argument("--only", nargs="+", help="names of recipes; all by default")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--quick", action="store_true", help="no full audits, to find a way")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     results = Results(options.out)
-    with offline(), fast_matmul(), quiet_transformers():
-        for name in options.scenes:
-            for seed in options.seeds:
-                missing = [r for r in options.only if not results.has(f"{name}: {r}", seed)]
-                scene = SCENES[name](seed) if missing else None
-                for recipe in missing:
-                    if RECIPES[recipe].ancestor and scene.public is None:
-                        continue
-                    values = run(
-                        scene, RECIPES[recipe], seed, options.workers, full=not options.quick
-                    )
-                    results.add(f"{name}: {recipe}", seed, values)
-                    print(name, seed, recipe, values, file=sys.stderr, flush=True)
+    missing = [
+        (name, seed, recipe, settings.full and not options.quick)
+        for seed in options.seeds
+        for name in options.scenes
+        for recipe, settings in recipes_of(name).items()
+        if options.only is None or recipe in options.only
+        if not results.has(f"{name}: {recipe}", seed)
+    ]
+    started = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+        jobs = {pool.submit(work, *one): one for one in missing}
+        for done, job in enumerate(as_completed(jobs), start=1):
+            name, seed, recipe, _ = jobs[job]
+            values = job.result()
+            results.add(f"{name}: {recipe}", seed, values)
+            minutes = (time.perf_counter() - started) / 60
+            print(f"{done} of {len(jobs)}, {minutes:.0f} min: {name}, seed {seed}, {recipe}: "
+                  f"G {values['G']:.2f}, {sum(values['seconds'])} s",
+                  file=sys.stderr, flush=True)  # fmt: skip
     for name in options.scenes:
         print(f"\n{name}\n\n{table(results, name)}")
+    draw(results, options.out / "frontier.png")
 
 
 if __name__ == "__main__":

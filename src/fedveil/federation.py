@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,15 +18,16 @@ from torch import Tensor, nn
 from fedveil.audit import Manifest, Stage
 from fedveil.engine import Evaluation, Observer, RoundRecord, Rounds
 from fedveil.engine.checkpoint import CheckpointFolder
-from fedveil.engine.crew import Crew
+from fedveil.engine.crew import Crew, threads
 from fedveil.engine.in_process import Workplace, workers
 from fedveil.engine.memory import ClientFiles
-from fedveil.engine.rounds import clear
+from fedveil.engine.rounds import MEASURING_THREADS, clear
 from fedveil.errors import AuditError, ConfigurationError, DataError, FedveilError
 from fedveil.schemes import FedQSN, Scheme, ServerSide, Transfer, check_public
 from fedveil.secret import Secret
 from fedveil.state import architecture_of, copy_of, load_state, read_state, with_state
-from fedveil.training import Dataset, Prepared, Task, Trainer, Training
+from fedveil.training import Dataset, Prepared, Task, Trainer, Training, evaluate
+from fedveil.training.modes import on_device
 
 __all__ = ["Federation", "Remote", "Result"]
 
@@ -92,9 +94,14 @@ class Federation:
         task: What the model is trained for.
         scheme: The method; :class:`FedQSN` unless told.
         public: What the model was fine-tuned from, if anybody can get that. Clients are then sent
-            proxies of it, and not a byte depends on the model: what they teach the public one is
-            added to the owner's (:class:`~fedveil.schemes.Transfer`). Without it, proxies are of
+            proxies of it, and not a byte depends on the model, which learns on the server what they
+            teach the public one (:class:`~fedveil.schemes.Transfer`). Without it, proxies are of
             the model itself.
+        owner: With ``public``, the owner's own data: they say how much the model is to learn. Best
+            are rows that it was not tuned on; some dozens are enough.
+        fresh: With ``public``, patterns of what the model did not begin with as it is there: a new
+            head, such as "classifier.*". Best is a public model with the very head that the owner's
+            began with, and no pattern.
         training: How clients train.
         test: The owner's test set; without it nothing is measured.
         evaluation: What is measured, and how often.
@@ -142,6 +149,8 @@ class Federation:
         task: Task,
         scheme: Scheme | None = None,
         public: nn.Module | None = None,
+        owner: Rows | None = None,
+        fresh: Sequence[str] = (),
         training: Training | None = None,
         test: Rows | None = None,
         evaluation: Evaluation | None = None,
@@ -191,10 +200,9 @@ class Federation:
         self._trainers = {
             name: _trainer(name, task, data, self.training) for name, data in named.items()
         }
-        self._public = None
-        if public is not None:
-            check_public(self.scheme, public, self._model)
-            self._public = copy_of(public) if copy else public
+        self._public, self._owner, self._fresh = None, None, tuple(fresh)
+        if public is not None or owner is not None or fresh:
+            self._public, self._owner = self._read_public(public, owner, copy=copy)
         self._server()  # says now what it cannot work with
         self._is_own, self._fingerprint = copy, _fingerprint(self._model)
 
@@ -352,13 +360,34 @@ class Federation:
             "model": self._fingerprint,
             # Only where it is set: earlier versions did not know it.
             **({} if self._exposure_limit is None else {"exposure_limit": self._exposure_limit}),
-            **({} if self._public is None else {"public": _fingerprint(self._public)}),
+            **self._transferred(),
         }
 
+    def _transferred(self) -> dict[str, Any]:
+        if self._public is None or self._owner is None:
+            return {}
+        fresh = {"fresh": [*self._fresh]} if self._fresh else {}
+        return {"public": _fingerprint(self._public), "owner": len(self._owner), **fresh}
+
+    def _read_public(
+        self, public: nn.Module | None, owner: Rows | None, *, copy: bool
+    ) -> tuple[nn.Module, Prepared]:
+        if public is None or owner is None:
+            raise ConfigurationError(
+                "A public model to be released and the owner's data belong together",
+                expected="public=... and owner=..., or neither",
+                found="no public model" if public is None else "no data of the owner",
+                fix="Some dozens of the owner's rows say how much his model is to learn.",
+            )
+        check_public(self.scheme, public, self._model)
+        rows: Prepared = _prepared("the owner's data", self._task, owner)
+        return copy_of(public) if copy else public, rows
+
     def _server(self) -> ServerSide:
-        if self._public is None:
+        if self._public is None or self._owner is None:
             return self.scheme.server(self._model, self._secret)
-        return Transfer(self.scheme, self._public, self._model, self._secret)
+        judge = _Judge(self._architecture(), self._task, self._owner, self.training.device)
+        return Transfer(self.scheme, self._public, self._model, self._secret, judge, self._fresh)
 
     def _in_process(self, memories: ClientFiles | None) -> AbstractContextManager[Crew]:
         return workers(replace(self.workplace(), memories=memories), self._workers)
@@ -375,6 +404,23 @@ class Federation:
             self._architecture(), side, self._task, self._trainers, self._test,
             device=self.training.device,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """The loss of models on the owner's data."""
+
+    model: nn.Module
+    task: Task
+    rows: Prepared
+    device: str | None
+
+    def __call__(self, state: Mapping[str, Tensor]) -> float:
+        """In nats; infinite for a model whose answers are none."""
+        load_state(self.model, state)
+        with threads(MEASURING_THREADS), on_device(self.model, self.device):
+            loss = evaluate(self.model, self.task, self.rows)["loss"]
+        return loss if math.isfinite(loss) else math.inf
 
 
 def _name_clients(clients: Mapping[str, Rows] | Sequence[Rows]) -> dict[str, Rows]:

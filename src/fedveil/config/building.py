@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from fedveil.config.file import Config
-from fedveil.config.models import find_function, load_model, load_tokenizer
+from fedveil.config.models import find_function, load_model, load_public, load_tokenizer
 from fedveil.config.sources import load_rows, load_test
 from fedveil.config.tables import is_function
 from fedveil.engine import Observer
@@ -57,7 +56,10 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
     rows = load_rows(config)
     folder, seed = config.path.parent, config.federation.seed
     model = load_model(config.model, config.data.task, rows.names, folder, seed=seed)
-    public = _load_public(config, rows.names)
+    public: nn.Module | None = None
+    fresh: tuple[str, ...] = ()
+    if config.model.public is not None:
+        public, fresh = load_public(config.model, config.data.task, rows.names, folder, seed=seed)
     task = _task(config, model, len(rows.names))
     if config.generation is not None:
         assert isinstance(task, CausalLM | Seq2Seq)
@@ -69,6 +71,8 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
         task=task,
         scheme=config.scheme,
         public=public,
+        owner=rows.owner,
+        fresh=fresh,
         training=config.training,
         test=rows.test,
         evaluation=config.evaluation,
@@ -84,15 +88,6 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
     )
     federation.config_file = config.path.absolute()
     return federation
-
-
-def _load_public(config: Config, names: Sequence[str]) -> nn.Module | None:
-    """What is released in the model's place, if it is another model."""
-    if config.model.public is None:
-        return None
-    table = config.model.model_copy(update={"name": config.model.public, "new_head": True})
-    folder, seed = config.path.parent, config.federation.seed
-    return load_model(table, config.data.task, names, folder, seed=seed)
 
 
 def build_workplace(config: Config) -> Workplace:

@@ -128,6 +128,13 @@ def load_config(path: str | Path) -> Config:
             fix="Merge it into the model first (PEFT's merge_and_unload), and train a new one "
             "with `lora`; or leave `public` out.",
         )  # fmt: skip
+    if ("public" in tables["model"]) != ("owner" in tables["data"]) and "partner" not in raw:
+        lacking = ("data", "owner") if "public" in tables["model"] else ("model", "public")
+        problems.add(
+            "A key is missing", *lacking,
+            expected="`public` in [model] and `owner` in [data], both or neither",
+            fix="Where a public model is released, the owner's data say how much his own learns.",
+        )  # fmt: skip
     data = _read(DataTable, "data", tables["data"], problems)
     partition = _read(PartitionTable, "partition", tables["partition"], problems)
     scheme, scheme_name = _read_scheme(tables["scheme"], problems)

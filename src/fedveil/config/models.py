@@ -23,6 +23,7 @@ __all__ = [
     "architecture_class",
     "find_function",
     "load_model",
+    "load_public",
     "load_tokenizer",
     "load_untouched",
     "place_of",
@@ -64,6 +65,28 @@ def load_model(
     Raises:
         FedveilError: It cannot be found or loaded, or has a head for other classes.
     """
+    return _load(table, task, names, folder, seed, weights)[0]
+
+
+def load_public(
+    table: ModelTable, task: str, names: Sequence[str], folder: Path, *, seed: int
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """What is released in the model's place, and patterns of what it has not been trained for.
+
+    The latter is a head that its folder has none of, or one of another size.
+
+    Raises:
+        FedveilError: As :func:`load_model`.
+    """
+    assert table.public is not None
+    table = table.model_copy(update={"name": table.public, "new_head": True})
+    return _load(table, task, names, folder, seed, weights=True)
+
+
+def _load(
+    table: ModelTable, task: str, names: Sequence[str], folder: Path, seed: int, weights: bool
+) -> tuple[nn.Module, tuple[str, ...]]:
+    fresh: tuple[str, ...] = ()
     classes = table.num_labels or len(names)
     if classes < len(names):
         raise ConfigurationError(
@@ -79,10 +102,12 @@ def load_model(
             model = model.to(getattr(torch, table.dtype))
         else:
             place = place_of(table.name, folder)
-            model = _load_pretrained(table, task, names, classes, place, weights)
+            model, fresh = _load_pretrained(table, task, names, classes, place, weights)
         if table.adapter is not None:
-            return load_adapter(model, folder / Path(table.adapter).expanduser())
-        return model if table.lora is None else add_adapter(model, task, table.lora)
+            model = load_adapter(model, folder / Path(table.adapter).expanduser())
+        elif table.lora is not None:
+            model = add_adapter(model, task, table.lora)
+    return model, fresh
 
 
 def architecture_class(task: str) -> str:
@@ -264,7 +289,8 @@ def _load_pretrained(
     classes: int,
     place: str,
     weights: bool,
-) -> nn.Module:
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, and patterns of what begins at random in it."""
     words: dict[str, Any] = {"num_labels": classes} if classes else {}
     if classes and classes == len(names):
         words["id2label"] = dict(enumerate(names))
@@ -274,14 +300,17 @@ def _load_pretrained(
         if not weights:
             config = transformers.AutoConfig.from_pretrained(place, **words)
             bare: nn.Module = kind.from_config(config, dtype=getattr(torch, table.dtype))
-            return bare
-        model: nn.Module = kind.from_pretrained(
+            return bare, ()
+        model, info = kind.from_pretrained(
             place,
             dtype=getattr(torch, table.dtype),
             ignore_mismatched_sizes=table.new_head,
+            output_loading_info=True,
             **words,
         )
-        return model
+        new = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+        # An adapter puts more before the names, and after the modules.
+        return model, tuple(sorted({f"*{name.rpartition('.')[0]}.*" for name in new}))
 
 
 @contextmanager

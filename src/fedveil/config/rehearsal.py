@@ -172,8 +172,11 @@ def _write_rows(config: Config, folder: Path) -> _Rows:
     if config.partners is not None:
         clients = dict.fromkeys(config.partners.names)
     table: dict[str, Any] = dict.fromkeys(
-        ("train_split", "test_split", "train_limit", "test_limit", "variant", "revision")
-    )
+        (
+            "train_split", "test_split", "owner_split", "train_limit", "test_limit", "owner_limit",
+            "variant", "revision",
+        )
+    )  # fmt: skip
     if not clients:
         table["train"] = write(data.train, data.train_split, "train")
     files = {
@@ -182,6 +185,8 @@ def _write_rows(config: Config, folder: Path) -> _Rows:
     }
     if data.test is not None:
         table["test"] = write(data.test, data.test_split, "test")
+    if data.owner is not None:
+        table["owner"] = write(data.owner, data.owner_split, "owner")
     if not made_up:
         return _Rows(table, files, f"the first {_ROWS} rows of each file")
     return _Rows(table, files, f"made up rows in place of {', '.join(dict.fromkeys(made_up))}")
@@ -189,7 +194,8 @@ def _write_rows(config: Config, folder: Path) -> _Rows:
 
 def _all_files(config: Config) -> bool:
     data = config.data
-    sources = [*config.clients.values(), *(s for s in (data.train, data.test) if s is not None)]
+    named = (data.train, data.test, data.owner)
+    sources = [*config.clients.values(), *(source for source in named if source is not None)]
     return config.partners is None and all(is_file(config, source) for source in sources)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Rows", "is_file", "load_rows", "load_source", "load_test"]
 
 _SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
-_TRAIN, _TEST = "the training set", "the test set"
+_TRAIN, _TEST, _OWNER = "the training set", "the test set", "the owner's data"
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Rows:
 
     Attributes:
         clients: Rows by client; none of clients on other machines.
-        test: The owner's rows, or None.
+        test: The owner's test set, or None.
+        owner: The owner's own rows, or None.
         names: Class names in order; none for language models.
     """
 
     clients: Mapping[str, datasets.Dataset]
     test: datasets.Dataset | None
+    owner: datasets.Dataset | None
     names: list[str]
 
 
@@ -60,15 +62,20 @@ def load_rows(config: Config) -> Rows:
             )
             for name, file in files.items()
         }
-    test = load_test(config)
+    lent = {_TEST: load_test(config), _OWNER: _load_owner(config)}
     names, encoded = [], parts
     if data.has_classes:
         names = data.labels or _class_names(parts, data.label, config.model.num_labels)
         encoded = {who: _encode(rows, who, data.label, names) for who, rows in parts.items()}
-        test = None if test is None else _encode(test, _TEST, data.label, names)
+        lent = {
+            who: None if rows is None else _encode(rows, who, data.label, names)
+            for who, rows in lent.items()
+        }
     if config.partition is None:
-        return Rows(dict(zip(files, encoded.values(), strict=True)), test, names)
-    return Rows(_divide(config, encoded[_TRAIN]), test, names)
+        clients: Mapping[str, datasets.Dataset] = dict(zip(files, encoded.values(), strict=True))
+    else:
+        clients = _divide(config, encoded[_TRAIN])
+    return Rows(clients, lent[_TEST], lent[_OWNER], names)
 
 
 def load_test(config: Config) -> datasets.Dataset | None:
@@ -83,6 +90,14 @@ def load_test(config: Config) -> datasets.Dataset | None:
     return _draw(
         load_source(config, data.test, data.test_split), data.test_limit, config.federation.seed
     )
+
+
+def _load_owner(config: Config) -> datasets.Dataset | None:
+    data = config.data
+    if data.owner is None:
+        return None
+    rows = load_source(config, data.owner, data.owner_split)
+    return _draw(rows, data.owner_limit, config.federation.seed)
 
 
 def is_file(config: Config, source: str) -> bool:

@@ -76,6 +76,10 @@ class DataTable(Table):
         test: File or hub name of the owner's test set; without it nothing is measured.
         test_split: Split of a hub data set.
         test_limit: Use at most this many rows, drawn at random.
+        owner: File or hub name of the owner's own rows, with `public` in [model]: they say how much
+            his model is to learn.
+        owner_split: Split of a hub data set.
+        owner_limit: Use at most this many rows, drawn at random.
         variant: Variant of a hub data set, such as "sst2" of "nyu-mll/glue".
         revision: Branch, tag or commit of a hub data set. Sets that are made by a program can be
             read from "refs/convert/parquet" only.
@@ -104,6 +108,9 @@ class DataTable(Table):
     test: Word | None = None
     test_split: Word | None = None
     test_limit: AtLeastOne | None = None
+    owner: Word | None = None
+    owner_split: Word | None = None
+    owner_limit: AtLeastOne | None = None
     variant: Word | None = None
     revision: Word | None = None
     text: Word = "text"

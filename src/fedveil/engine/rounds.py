@@ -44,7 +44,7 @@ CrewFactory = Callable[[ClientFiles | None], AbstractContextManager[Crew]]
 _CLIENTS = "clients"
 
 # Always the same, since the last bits of a loss depend on it.
-_MEASURING_THREADS = 2
+MEASURING_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Rounds:
         if self.test is None:
             return None
         # The workers are idle meanwhile, but as many threads as workers would add up otherwise.
-        with threads(_MEASURING_THREADS), on_device(model, self.device):
+        with threads(MEASURING_THREADS), on_device(model, self.device):
             return evaluate(model, self.task, self.test)
 
     def _round(self, number: int, rounds: int, order: Sequence[str], clients: Crew) -> RoundRecord:

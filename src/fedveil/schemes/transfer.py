@@ -1,6 +1,9 @@
-"""Clients train a model that is public, and what they teach it is added to the owner's."""
+"""Clients train a model that is public, and the owner's model learns of it what they teach it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +18,29 @@ from fedveil.wire import Message
 __all__ = ["Transfer", "check_public"]
 
 
+Judge = Callable[[StateDict], float]
+"""The loss of a model on the owner's data, in nats: less is better."""
+
+COEFFICIENTS = (
+    (1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.75, 1.0), (0.5, 1.0), (0.25, 1.0), (0.0, 1.0),
+    (0.75, 0.75), (0.5, 0.5), (0.3, 0.7),
+)  # fmt: skip
+"""How much of the owner's task vector, and of the clients', is tried. The first is his base."""
+
+
 class Transfer:
     """A server side whose releases are of a public model, and hold nothing of the owner's.
 
     The server side inside begins with the public model P, sends its proxies and takes back updates,
-    as it would with any model. What clients have taught it, ``P_t - P_0``, is a task vector
-    (Ilharco et al., 2212.04089), and the owner's model B stands where P stands in function space if
-    it was fine-tuned from it: the global model is ``B + P_t - P_0``. No byte of a release depends
-    on B.
+    as it would with any model. What clients have taught it, ``P_t - P``, is a task vector (Ilharco
+    et al., 2212.04089), as ``B - P`` is one, with B the owner's model, if that was fine-tuned from
+    P. The global model is ``P + a (B - P) + b (P_t - P)``, a and b of `COEFFICIENTS`, whichever
+    pair has the least loss on the owner's data: where clients have taught what B knows already, the
+    sum of both would go too far, and where they have taught nothing, B stays as it is. No byte of a
+    release depends on B.
+
+    A head that B did not begin with (a new one, drawn at random) is no part of what both models
+    have in common: it is fresh, and taken whole, ``a B + b P_t``, so that both heads answer.
 
     Does NOT protect: the public model, or what clients teach it: from a second round on, proxies
     show what earlier rounds have taught it (not to B). What the owner's model answers, if he lets
@@ -33,14 +51,28 @@ class Transfer:
         public: The public model.
         own: The owner's model, of the same architecture, and fine-tuned from the public one.
         secret: The federation secret.
+        judge: What chooses between pairs. Data that the owner's model was tuned on favour it.
+        fresh: Patterns (as in the shell) of tensors that the owner's model did not begin with as
+            they are in the public one, such as "classifier.*".
 
     Raises:
-        ConfigurationError: The scheme cannot work with the public model.
+        ConfigurationError: The scheme cannot work with the public model, or a pattern matches none
+            of what it releases.
     """
 
-    def __init__(self, scheme: Scheme, public: nn.Module, own: nn.Module, secret: Secret) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        public: nn.Module,
+        own: nn.Module,
+        secret: Secret,
+        judge: Judge,
+        fresh: Sequence[str] = (),
+    ) -> None:
         self._inside: ServerSide = scheme.server(public, secret)
         self._public, self._own = scheme.tensors(public), scheme.tensors(own)
+        self._judge, self._fresh = judge, _matching(fresh, self._public)
+        self._chosen = COEFFICIENTS[0]
 
     def begin_round(self, number: int) -> None:
         """See :class:`~fedveil.schemes.base.ServerSide`."""
@@ -55,18 +87,32 @@ class Transfer:
         self._inside.absorb(client, reply, weight)
 
     def end_round(self) -> Metrics:
-        """See :class:`~fedveil.schemes.base.ServerSide`."""
-        return self._inside.end_round()
+        """Choose how much of both task vectors to take, too: ``own`` and ``taught``."""
+        metrics = self._inside.end_round()
+        losses = {pair: self._judge(self._at(*pair)) for pair in COEFFICIENTS}
+        self._chosen = min(COEFFICIENTS, key=losses.__getitem__)
+        own, taught = self._chosen
+        return {**metrics, "own": own, "taught": taught}
+
+    def final(self) -> StateDict:
+        """The owner's model with what was taught, in the dtypes he brought."""
+        return self._at(*self._chosen)
 
     @torch.no_grad()
-    def final(self) -> StateDict:
-        """The owner's model with what was taught added, in the dtypes he brought."""
+    def _at(self, own: float, taught: float) -> StateDict:
         # Not what `final` gives: of lower precision, that would have lost small steps.
-        taught = self._inside.state().tensors
+        now = self._inside.state().tensors
         return {
-            name: _moved(name, own, self._public[name], taught.get(name))
-            for name, own in self._own.items()
+            name: _between(name, tensor, self._begun(name), now[name], own, taught)
+            if taught and name in now and tensor.is_floating_point()
+            else tensor.clone()
+            for name, tensor in self._own.items()
         }
+
+    def _begun(self, name: str) -> Tensor:
+        """What both models had in common of a tensor."""
+        tensor = self._public[name]
+        return torch.zeros_like(tensor) if name in self._fresh else tensor
 
     @property
     def groups(self) -> tuple[UnitGroup, ...]:
@@ -83,22 +129,39 @@ class Transfer:
         return self.final()
 
     def state(self) -> ServerState:
-        """That of the server side inside: the owner's model never changes."""
-        return self._inside.state()
+        """That of the server side inside, and the pair that was chosen."""
+        state = self._inside.state()
+        return ServerState(state.tensors, {**state.values, "coefficients": list(self._chosen)})
 
     def restore(self, state: ServerState) -> None:
         """See :class:`~fedveil.schemes.base.ServerSide`."""
+        own, taught = state.values["coefficients"]
         self._inside.restore(state)
+        self._chosen = (float(own), float(taught))
 
 
-def _moved(name: str, own: Tensor, public: Tensor, taught: Tensor | None) -> Tensor:
-    """One tensor of the owner's, moved as the public one was; counters stay as they are."""
-    if taught is None or not own.is_floating_point():
-        return own.clone()
-    begun = public.to(taught.dtype)
-    if name.endswith("running_var"):  # a sum could be below zero
-        return (own * (taught / begun.clamp_min(torch.finfo(begun.dtype).tiny))).to(own.dtype)
-    return (own.to(taught.dtype) + (taught - begun)).to(own.dtype)
+def _between(
+    name: str, own: Tensor, begun: Tensor, now: Tensor, by_own: float, by_now: float
+) -> Tensor:
+    begun, wide = begun.to(now.dtype), own.to(now.dtype)
+    moved = begun + by_own * (wide - begun) + by_now * (now - begun)
+    if name.endswith("running_var"):  # no sum of variances may be below zero
+        moved = torch.maximum(moved, torch.minimum(wide, now))
+    return moved.to(own.dtype)
+
+
+def _matching(patterns: Sequence[str], names: Collection[str]) -> frozenset[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = {name for name in names if fnmatchcase(name, pattern)}
+        if not matching:
+            raise ConfigurationError(
+                "A pattern of fresh tensors matches none that is released",
+                expected=f"a pattern for names such as {', '.join([*names][-3:])}",
+                found=repr(pattern),
+            )
+        found |= matching
+    return frozenset(found)
 
 
 def check_public(scheme: Scheme, public: nn.Module, own: nn.Module) -> None:

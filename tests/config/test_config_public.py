@@ -1,0 +1,123 @@
+"""A public model to be released in the owner's place, as a configuration file names it."""
+
+import json
+
+import pytest
+import torch
+
+import toys
+from fedveil import ConfigurationError
+from fedveil.config import build, load_config
+from fedveil.state import read_state
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("flwr_datasets")
+
+CONFIG = """
+[model]
+name = "own"
+{model}
+[data]
+train = "rows.json"
+max_length = 12
+{data}
+[partition]
+clients = 2
+[training]
+steps = 2
+batch_size = 4
+[scheme]
+{scheme}
+[federation]
+rounds = 1
+"""
+
+
+@pytest.fixture
+def home(tmp_path):
+    """The owner's model, what it was tuned from with its head and without, and rows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *map(str, range(270))])}
+    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]"
+    )
+    public = toys.bert()
+    for name, model in (("own", toys.bert(seed=1)), ("public", public), ("bare", public.bert)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "rows.json").write_text(json.dumps(toys.texts(40)))
+    (tmp_path / "mine.json").write_text(json.dumps(toys.texts(9, seed=4)))
+    return tmp_path
+
+
+def config_of(home, model="", data="", scheme="server_mask = 0.0"):
+    (home / "f.toml").write_text(CONFIG.format(model=model, data=data, scheme=scheme))
+    return load_config(home / "f.toml")
+
+
+MINE = 'owner = "mine.json"'
+
+
+def test_is_released_and_judged_by_the_owners_rows(home):
+    federation = build(config_of(home, 'public = "public"', MINE))
+    assert toys.same(toys.weights(federation.model), toys.weights(toys.bert(seed=1)))
+    assert toys.same(toys.weights(federation.released), toys.weights(toys.bert()))
+    configuration = federation.configuration()
+    assert configuration["owner"] == 9
+    assert "fresh" not in configuration
+    assert {"own", "taught"} <= federation.run().rounds[0].metrics.keys()
+
+
+def test_a_head_that_it_has_none_of_is_fresh(home):
+    federation = build(config_of(home, 'public = "bare"', MINE))
+    assert federation.configuration()["fresh"] == ["*classifier.*"]
+    body = {n for n in read_state(federation.model) if not n.startswith("classifier.")}
+    released, whole = toys.weights(federation.released), toys.weights(toys.bert())
+    assert all(torch.equal(released[name], whole[name]) for name in body)
+    federation.run()
+
+
+def test_a_head_of_another_size_is_fresh_too(home):
+    other = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**{**toys.bert().config.to_dict(), "num_labels": 7})
+    )
+    other.save_pretrained(home / "seven")
+    federation = build(config_of(home, 'public = "seven"', MINE))
+    assert federation.configuration()["fresh"] == ["*classifier.*"]
+
+
+def test_under_an_adapter_both_begin_with_the_same_one(home):
+    pytest.importorskip("peft")
+    model = 'public = "public"\n[model.lora]\nr = 2\ntarget_modules = ["query"]'
+    federation = build(config_of(home, model, MINE))
+    mine, theirs = toys.weights(federation.model), toys.weights(federation.released)
+    adapter = {name for name in mine if "lora_" in name}
+    assert len(adapter) == 2
+    assert all(torch.equal(mine[name], theirs[name]) for name in adapter)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "lacking"),
+    [('public = "public"', "", "[data] owner"), ("", MINE, "[model] public")],
+)
+def test_one_key_needs_the_other(home, model, data, lacking):
+    with pytest.raises(ConfigurationError) as caught:
+        config_of(home, model, data)
+    assert lacking in str(caught.value)
+
+
+def test_an_adapter_of_ones_own_is_refused(home):
+    with pytest.raises(ConfigurationError, match="An adapter of your own is not the public"):
+        config_of(home, 'public = "public"\nadapter = "mine"', MINE)
+
+
+def test_another_architecture_is_refused(home):
+    other = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**{**toys.bert().config.to_dict(), "intermediate_size": 40})
+    )
+    other.save_pretrained(home / "other")
+    with pytest.raises(ConfigurationError, match="The public model is of another architecture"):
+        build(config_of(home, 'public = "other"', MINE))
