@@ -21,7 +21,15 @@ from results import Results
 
 from fedveil.audit import Evidence, Kept, Stage
 from fedveil.audit.attacks import fill, heal, union
-from fedveil.demo import RELEASED_ONCE, SCHEMES, Scene, Setting, build_federation, prepare
+from fedveil.demo import (
+    OF_PUBLIC,
+    RELEASED_ONCE,
+    SCHEMES,
+    Scene,
+    Setting,
+    build_federation,
+    prepare,
+)
 from fedveil.demo import fast_matmul as fast
 
 ROUNDS = 12
@@ -42,7 +50,9 @@ def attack(name: str, scene: Scene, setting: Setting, workers: int) -> dict[str,
     at = setting.at_once() if name in RELEASED_ONCE else setting
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        federation = build_federation(scene, at, SCHEMES[name], workers, out, keep=True)
+        federation = build_federation(
+            scene, at, SCHEMES[name], workers, out, keep=True, public=name in OF_PUBLIC
+        )
         federation.run(at.rounds)
         return figures(Evidence(out), federation.stage(scene.public))
 

@@ -50,6 +50,7 @@ def run(scene: Scene, recipe: Recipe, seed: int, *, full: bool) -> dict[str, Any
         federation = Federation(
             scene.base, scene.clients, task=scene.task, scheme=recipe.scheme, test=scene.test,
             public=scene.public if recipe.public else None,
+            owner=scene.owner if recipe.public else None,
             training=plan.training, clients_per_round=plan.clients_per_round, secret=SECRET,
             seed=seed, out=Path(folder), keep_messages="proxies",
             evaluation=Evaluation(every=0, base=False),

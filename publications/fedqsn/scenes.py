@@ -59,6 +59,7 @@ class Scene:
         base: The owner's model.
         public: What anybody can get of the same architecture; None if there is nothing.
         task: What it is for.
+        owner: The rows that he tuned it on.
         clients: Their rows.
         test: The owner's test set.
         plan: Of FedAvg and other schemes of many rounds.
@@ -67,6 +68,7 @@ class Scene:
     base: nn.Module
     public: nn.Module | None
     task: Task
+    owner: Prepared
     clients: Mapping[str, Prepared]
     test: Prepared
     plan: Plan
@@ -77,7 +79,7 @@ def bbc(seed: int) -> Scene:
     setting = Setting(seed=seed)
     scene = prepare_bbc(setting)
     plan = Plan(setting.rounds, setting.clients_per_round, setting.training)
-    return Scene(scene.base, scene.public, scene.task, scene.clients, scene.test, plan)
+    return Scene(scene.base, scene.public, scene.task, scene.owner, scene.clients, scene.test, plan)
 
 
 def digits(seed: int) -> Scene:
@@ -98,7 +100,9 @@ def digits(seed: int) -> Scene:
     Trainer(task, owner, tuning).train(model, seed=seed)
     training = Training(steps=20, batch_size=16, learning_rate=1e-3)
     prepared = {name: task.prepare(data) for name, data in clients.items()}
-    return Scene(model, None, task, prepared, task.prepare(test), Plan(5, 8, training))
+    return Scene(
+        model, None, task, task.prepare(owner), prepared, task.prepare(test), Plan(5, 8, training)
+    )
 
 
 def rotten(seed: int) -> Scene:
@@ -120,7 +124,10 @@ def rotten(seed: int) -> Scene:
     Trainer(task, owner, tuning).train(model, seed=seed)
     prepared = {name: task.prepare(data) for name, data in clients.items()}
     training = Training(steps=12, batch_size=16, learning_rate=1e-4, frozen=("*.embeddings.*",))
-    return Scene(model, public, task, prepared, task.prepare(test), Plan(5, 8, training))
+    return Scene(
+        model, public, task, task.prepare(owner), prepared, task.prepare(test),
+        Plan(5, 8, training),
+    )  # fmt: skip
 
 
 def rotten_tomatoes() -> datasets.Dataset:
@@ -148,7 +155,7 @@ def headlines(seed: int) -> Scene:
     owner = rows.select(range(len(rows) - 24, len(rows)))
     training = Training(steps=4, batch_size=4, learning_rate=2e-3)
     Trainer(task, owner, replace(training, steps=8)).train(model, seed=seed)
-    return Scene(model, public, task, clients, test, Plan(3, 10, training))
+    return Scene(model, public, task, task.prepare(owner), clients, test, Plan(3, 10, training))
 
 
 SCENES: Mapping[str, Callable[[int], Scene]] = {

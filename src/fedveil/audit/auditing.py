@@ -80,8 +80,7 @@ def audit(
     # Of messages that do not fit their units nobody can say what is known: the alarm says enough.
     if not any(alarm.raised for alarm in alarms if alarm.check == "withheld units"):
         exposure = _exposure_of(evidence)
-        rows = evidence.manifest.configuration.get("clients", {})
-        order = _by_what_they_saw(exposure, rows)
+        order = _by_what_they_saw(exposure)
     for clients in _coalitions([name for name in order if name in stage.data], sizes):
         attempt.by(clients)
     found = Audit(
@@ -340,11 +339,8 @@ def _exposure_of(evidence: Evidence) -> Exposure:
     return exposure
 
 
-def _by_what_they_saw(exposure: Exposure, rows: Mapping[str, int | None]) -> list[str]:
-    """Clients so that each adds most to what those before hold.
-
-    Ties go to who was sent more, and then to who has more data of his own.
-    """
+def _by_what_they_saw(exposure: Exposure) -> list[str]:
+    """Clients so that each adds most to what those before hold; ties go to who was sent more."""
     sent = {name: [number for number, *_ in exposure.releases([name])] for name in exposure.clients}
     chosen: list[str] = []
     while len(chosen) < len(sent):
@@ -353,8 +349,7 @@ def _by_what_they_saw(exposure: Exposure, rows: Mapping[str, int | None]) -> lis
             max(
                 rest,
                 key=lambda name: (
-                    exposure.share([*chosen, name]), sent[name][-1], len(sent[name]),
-                    rows.get(name) or 0, name,
+                    exposure.share([*chosen, name]), sent[name][-1], len(sent[name]), name,
                 ),
             )
         )  # fmt: skip

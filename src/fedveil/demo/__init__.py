@@ -1,6 +1,7 @@
 """Demos on real models and data that install from packages."""
 
 from fedveil.demo.classification import (
+    OF_PUBLIC,
     RELEASED_ONCE,
     SCHEMES,
     Scene,
@@ -14,6 +15,7 @@ from fedveil.demo.generation import run_generation_demo
 from fedveil.demo.setting import fast_matmul
 
 __all__ = [
+    "OF_PUBLIC",
     "RELEASED_ONCE",
     "SCHEMES",
     "Scene",

@@ -47,12 +47,17 @@ SCHEMES: Mapping[str, Scheme] = {
     "fedavg": FedAvg(),
     "fedqsn-paper": FedQSN.paper(),
     "fedqsn": FedQSN(),
-    "fedqsn-regmean": FedQSN(client_mask=0.0, aggregation="regmean"),
+    "fedqsn-regmean": FedQSN.once(),
+    "fedqsn-public": FedQSN.once(server_mask=0.0),
 }
-RELEASED_ONCE = ("fedqsn-regmean",)
+SHOWN = ("fedavg", "fedqsn-paper", "fedqsn-regmean", "fedqsn-public")
+"""Schemes that the demo runs, the last of which is the one to be preferred."""
+RELEASED_ONCE = ("fedqsn-regmean", "fedqsn-public")
 """Schemes that release one proxy per client, and let the clients do all their work on that."""
-AUDITED = ("fedqsn-paper", "fedqsn-regmean")
-"""Schemes whose bytes are kept, and attacked at the end: as published, and with one release."""
+OF_PUBLIC = ("fedqsn-public",)
+"""Schemes that release the public model that the owner's was tuned from, and nothing of his."""
+AUDITED = ("fedqsn-paper", "fedqsn-public")
+"""Schemes whose bytes are kept, and attacked at the end: as published, and ours."""
 
 _AUDIT_THREADS = 2
 """Always as many, for the same figures; the workers are gone by then."""
@@ -111,12 +116,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scene:
-    """The owner's base and test set, and what each client has; and what everybody can get."""
+    """The owner's base, his data and test set; what each client has; what everybody can get."""
 
     base: nn.Module
     public: nn.Module
     tokenizer: Any
     task: TextClassification
+    owner: Prepared
     clients: Mapping[str, Prepared]
     test: Prepared
 
@@ -145,13 +151,14 @@ def run_demo(
         console.print("\n[bold]own data alone[/bold]: each client tunes the base by himself")
         base, own_data = own_data_alone(scene, setting, workers, progress)
         schemes = {}
-        for name, scheme in SCHEMES.items():
+        for name in SHOWN:
             at = setting.at_once() if name in RELEASED_ONCE else setting
             console.print(f"\n[bold]{name}[/bold]: {_work(at)}")
             started = time.perf_counter()
             federation = build_federation(
-                scene, at, scheme, workers, out / name, progress, keep=name in AUDITED
-            )
+                scene, at, SCHEMES[name], workers, out / name, progress,
+                keep=name in AUDITED, public=name in OF_PUBLIC,
+            )  # fmt: skip
             result = federation.run(at.rounds, overwrite=True)
             seconds = time.perf_counter() - started
             schemes[name] = summarize(name, result, seconds=seconds, base=base, own_data=own_data)
@@ -184,7 +191,7 @@ def prepare(setting: Setting) -> Scene:
     with threads(1):
         Trainer(task, owner, setting.owner_training).train(model, seed=setting.seed)
     prepared = {name: task.prepare(data) for name, data in clients.items()}
-    return Scene(model, public, tokenizer, task, prepared, task.prepare(test))
+    return Scene(model, public, tokenizer, task, task.prepare(owner), prepared, task.prepare(test))
 
 
 def own_data_alone(
@@ -215,13 +222,16 @@ def build_federation(
     evaluation: Evaluation | None = None,
     *,
     keep: bool = False,
+    public: bool = False,
 ) -> Federation:
-    """The scene's clients under one scheme."""
+    """The scene's clients under one scheme, which releases the owner's model or the public one."""
     return Federation(
         scene.base,
         scene.clients,
         task=scene.task,
         scheme=scheme,
+        public=scene.public if public else None,
+        owner=scene.owner if public else None,
         training=setting.training,
         test=scene.test,
         evaluation=evaluation or Evaluation(proxies=setting.measured_proxies, base=False),
