@@ -196,6 +196,24 @@ def test_clients_who_hold_the_backbone_are_told_its_name(folder):
     assert not any(tensor.any() for name, tensor in state.items() if "lora_" in name)
 
 
+def test_where_a_public_model_is_released_clients_are_told_of_that_alone(folder):
+    net = (folder / "net.py").read_text()
+    (folder / "in_house.py").write_text(net.replace("manual_seed(0)", "manual_seed(1)"))
+    file = folder / "federation.toml"
+    text = file.read_text().replace(
+        'name = "net:build"', 'name = "in_house:build"\npublic = "net:build"'
+    )
+    file.write_text(text.replace("[data]", '[data]\nowner = "test.parquet"'))
+    _, partner, _ = write(folder)
+    names = {path.name for path in partner.rglob("*")}
+    assert "net.py" in names
+    assert "in_house.py" not in names
+    told = "".join(path.read_text() for path in partner.rglob("*") if path.suffix != ".key")
+    assert "in_house" not in told
+    assert 'name = "net:build"' in (partner / "partner.toml").read_text()
+    assert "owner" not in (partner / "partner.toml").read_text().split("[model]")[1]
+
+
 class TestContainers:
     """They cannot be built here: what can be known of them without is that all parts agree."""
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from cli_samples import run_fedveil
 
 import toys
 from fedveil import ConfigurationError
-from fedveil.config import build, load_config
+from fedveil.config import build, load_config, rehearse
 from fedveil.state import read_state
 
 transformers = pytest.importorskip("transformers")
@@ -121,3 +122,32 @@ def test_another_architecture_is_refused(home):
     other.save_pretrained(home / "other")
     with pytest.raises(ConfigurationError, match="The public model is of another architecture"):
         build(config_of(home, 'public = "other"', MINE))
+
+
+def test_a_dry_run_makes_up_both_models_and_the_owners_rows(home, tmp_path):
+    text = CONFIG.format(
+        model='public = "somebody/bert"', data='owner = "somebody/rows"', scheme="server_mask = 0"
+    )
+    (home / "f.toml").write_text(text.replace('name = "own"', 'name = "somebody/bert-tuned"'))
+    small = rehearse(load_config(home / "f.toml"), tmp_path / "small").config
+    federation = build(small)
+    assert toys.same(toys.weights(federation.model), toys.weights(federation.released))
+    assert federation.configuration()["owner"] == 24
+    federation.run()
+
+
+def test_run_and_audited_on_the_command_line(home):
+    (home / "rows.json").write_text(json.dumps(toys.texts(60)))
+    (home / "test.json").write_text(json.dumps(toys.texts(60, seed=2)))
+    config = config_of(home, 'public = "public"', f'{MINE}\ntest = "test.json"')
+    text = config.path.read_text() + 'keep_messages = "proxies"\n'
+    config.path.write_text(text)
+    done = run_fedveil("run", str(config.path), home=home)
+    assert done.returncode == 0, done.stderr
+    done = run_fedveil("audit", str(home / "runs" / "f"), home=home)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((home / "runs" / "f" / "audit.json").read_text())
+    # What anybody can get is the public model, and not the base.
+    assert found["models"]["public"] != found["models"]["base"]
+    assert set(found["coalitions"].values()) == {0.0}
+    assert not [alarm for alarm in found["alarms"] if alarm["raised"]]
