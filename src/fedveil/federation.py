@@ -92,7 +92,7 @@ class Federation:
         clients: Data sets by client name (letters, digits, ``.``, ``_``, ``-``), or a sequence,
             whose clients are called ``client-00`` and so on; or :class:`Remote` clients.
         task: What the model is trained for.
-        scheme: The method; unless told :class:`FedQSN`, without masks if ``public`` is given.
+        scheme: The method; unless told, that of :meth:`FedQSN.default`.
         public: What the model was fine-tuned from, if anybody can get that. Clients are then sent
             proxies of it, and not a byte depends on the model, which learns on the server what they
             teach the public one (:class:`~fedveil.schemes.Transfer`). Without it, proxies are of
@@ -165,7 +165,7 @@ class Federation:
         observer: Observer | None = None,
         copy: bool = True,
     ) -> None:
-        self.scheme = scheme or (FedQSN() if public is None else FedQSN.once(server_mask=0.0))
+        self.scheme = scheme or FedQSN.default(of_public=public is not None)
         self.training = training or Training()
         named = {} if isinstance(clients, Remote) else _name_clients(clients)
         self._names = _checked(clients.names if isinstance(clients, Remote) else tuple(named))

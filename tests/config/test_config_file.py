@@ -56,7 +56,7 @@ def refusal(read, text=None, **tables):
 
 def test_least_file_has_the_defaults_of_the_library(read):
     config = read()
-    assert config.scheme == FedQSN()
+    assert config.scheme == FedQSN.once()
     assert config.training == Training()
     assert config.evaluation == Evaluation()
     assert config.scheme_name == "fedqsn"

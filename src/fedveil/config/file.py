@@ -137,7 +137,10 @@ def load_config(path: str | Path) -> Config:
         )  # fmt: skip
     data = _read(DataTable, "data", tables["data"], problems)
     partition = _read(PartitionTable, "partition", tables["partition"], problems)
-    scheme, scheme_name = _read_scheme(tables["scheme"], problems)
+    if "scheme" in raw:
+        scheme, scheme_name = _read_scheme(tables["scheme"], problems)
+    else:
+        scheme, scheme_name = FedQSN.default(of_public="public" in tables["model"]), "fedqsn-once"
     if data is not None and partition is not None:
         _check_sources(tables, data, partition, problems)
     config = Config(

@@ -160,6 +160,11 @@ class FedQSN(Scheme):
         """
         return replace(cls(client_mask=0.0, aggregation="regmean"), **changes)
 
+    @classmethod
+    def default(cls, *, of_public: bool) -> FedQSN:
+        """What a federation does that is told no scheme; without masks where these hide nothing."""
+        return cls.once(server_mask=0.0) if of_public else cls.once()
+
     @property
     def masking(self) -> Masking:
         """The mask configuration."""
