@@ -150,7 +150,8 @@ def test_everything_is_tried_on_an_adapter(tmp_path):
     assert {attack.attack for attack in found.attacks} == {
         "own data alone", "union", "average", "intersection", "extrapolation",
     }  # fmt: skip
-    assert {attack.polish for attack in found.attacks} == {"", "healing", "distillation"}
+    polished = {attack.polish for attack in found.attacks}
+    assert polished == {"", "healing", "distillation", "souping", "amplification"}
     assert {attack.holes for attack in found.attacks if not attack.released} == {
         "nothing",
         "public",

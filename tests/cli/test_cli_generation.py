@@ -90,7 +90,7 @@ def test_a_run_lets_the_tuned_model_answer_the_test_set(call, tmp_path):
     assert len(lines) == 5
     assert all(line["prompt"].endswith(" TL;DR") and line["references"] for line in lines)
     summary = json.loads((folder / "summary.json").read_text())
-    scores = summary["schemes"]["fedqsn"]["generation"]
+    scores = summary["schemes"]["fedqsn-once"]["generation"]
     assert set(scores) == {"rouge1", "rouge2", "rougeL", "bleu"}
     assert "Answers to 5 prompts" in out
     assert lines[0]["references"][0] in out

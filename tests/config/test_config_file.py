@@ -59,7 +59,7 @@ def test_least_file_has_the_defaults_of_the_library(read):
     assert config.scheme == FedQSN.once()
     assert config.training == Training()
     assert config.evaluation == Evaluation()
-    assert config.scheme_name == "fedqsn"
+    assert config.scheme_name == "fedqsn-once"
     assert config.model.dtype == "float32"
     assert config.federation.workers == 1
 

@@ -44,7 +44,7 @@ def grid(folder):
 
 
 def test_the_model_is_that_of_fedveil_run_bit_for_bit(folder, grid, capsys):
-    found = apps.run(load_config(folder / "federation.toml"), grid)
+    found = apps.run(load_config(folder / "federation.toml").change(rounds=5), grid)
     text = (folder / "federation.toml").read_text().split("[partners]")[0]
     files = "".join(f'{n} = "deployment/{n}/data.parquet"\n' for n in NAMES)
     (folder / "local.toml").write_text(f"{text}[clients]\n{files}")

@@ -160,7 +160,7 @@ class FederationTable(Table):
         track: Where else the numbers of rounds go; see :func:`fedveil.report.watched`.
     """
 
-    rounds: AtLeastOne = 5
+    rounds: AtLeastOne = 1
     clients_per_round: AtLeastOne | None = None
     releases: AtLeastOne | None = None
     exposure_limit: Annotated[float, Field(gt=0, le=1)] | None = None
