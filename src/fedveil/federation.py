@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -386,7 +386,7 @@ class Federation:
     def _server(self) -> ServerSide:
         if self._public is None or self._owner is None:
             return self.scheme.server(self._model, self._secret)
-        judge = _Judge(self._architecture(), self._task, self._owner, self.training.device)
+        judge = _Judge(self._architecture, self._task, self._owner, self.training.device)
         return Transfer(self.scheme, self._public, self._model, self._secret, judge, self._fresh)
 
     def _in_process(self, memories: ClientFiles | None) -> AbstractContextManager[Crew]:
@@ -410,16 +410,17 @@ class Federation:
 class _Judge:
     """The loss of models on the owner's data."""
 
-    model: nn.Module
+    make: Callable[[], nn.Module]
     task: Task
     rows: Prepared
     device: str | None
 
     def __call__(self, state: Mapping[str, Tensor]) -> float:
         """In nats; infinite for a model whose answers are none."""
-        load_state(self.model, state)
-        with threads(MEASURING_THREADS), on_device(self.model, self.device):
-            loss = evaluate(self.model, self.task, self.rows)["loss"]
+        model = self.make()
+        load_state(model, state)
+        with threads(MEASURING_THREADS), on_device(model, self.device):
+            loss = evaluate(model, self.task, self.rows)["loss"]
         return loss if math.isfinite(loss) else math.inf
 
 
