@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt requirements-demo.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
 	touch $(READY)
 
-demo: $(READY)  ## Fine-tune a text classifier on ten clients' documents, three schemes side by side
+demo: $(READY)  ## Fine-tune a text classifier on ten clients' documents, four schemes side by side
 	$(BIN)/fedveil demo --out runs/demo
 
 test: $(READY)  ## Run the test suite
