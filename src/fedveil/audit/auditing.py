@@ -129,7 +129,6 @@ class _Attempt:
         loot = union(self.evidence, sent)
         start, holes = self._with_holes("union", clients, sent, loot)
         self._train("union", clients, sent, loot, start, holes)
-        self._amplify("union", clients, sent, loot, start, holes)
         for last in self._shorter(sent) if self.full or len(clients) == 1 else ():
             short = [kept for kept in sent if kept.round <= last]
             self._fill("union", clients, short, union(self.evidence, short), holes)
@@ -227,6 +226,10 @@ class _Attempt:
         if self.full:
             for polish, state in self._further(clients, sent, start, healed.state):
                 self._note(name, clients, sent, loot, state, holes, polish)
+        if self.full and stage.public is not None:
+            for factor in FACTORS:
+                amplified = amplify(stage.public, start, factor)
+                self._note(name, clients, sent, loot, amplified, holes, "amplification")
         if self.full and scores_of(stage.task) is not None:
             student = stage.public if stage.public is not None else self._untrained()
             taught = distil(
@@ -235,21 +238,6 @@ class _Attempt:
                 tell=lambda text: self.tell(f"{who}: distilling, {text}"),
             )  # fmt: skip
             self._note(name, clients, sent, loot, taught.state, holes, "distillation")
-
-    def _amplify(
-        self,
-        name: str,
-        clients: tuple[str, ...],
-        sent: Sequence[Kept],
-        loot: Loot,
-        stolen: State,
-        holes: str,
-    ) -> None:
-        public = self.stage.public
-        if public is not None:
-            for factor in FACTORS if self.full else ():
-                state = amplify(public, stolen, factor)
-                self._note(name, clients, sent, loot, state, holes, "amplification")
 
     def _note(
         self,
