@@ -13,7 +13,6 @@ import argparse
 import copy
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -85,7 +84,7 @@ def taught(
     models, statistics = [], []
     for number, rows in enumerate(scene.clients.values()):
         model = copy.deepcopy(public)
-        Trainer(scene.task, rows, replace(training)).train(model, seed=100 * seed + number)
+        Trainer(scene.task, rows, training).train(model, seed=100 * seed + number)
         models.append(model)
         statistics.append(statistics_of(model, rows, task=scene.task))
     return models, statistics
