@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from tried import Distorted, Lagging
 
 from fedveil.schemes import FedAvg, FedLPP, FedQSN, Scheme
 
@@ -62,10 +64,33 @@ _ADAPTERS: Mapping[str, Recipe] = {
     "FedLPP, 3 bit": Recipe(FedLPP(bits=3)),
     "once": Recipe(FedLPP(bits=None, aggregation="regmean"), 1),
 }
+_MANY = FedQSN(server_mask=0.2)
+"""Several rounds of masked proxies, as whoever has nothing public would think of."""
+
 _NOTHING_PUBLIC: Mapping[str, Recipe] = {
-    name: recipe
-    for name, recipe in {**_FRONTIER, "once, 30 %, server model": once(0.3, merge="server")}.items()
-    if not recipe.public
+    **{name: recipe for name, recipe in _FRONTIER.items() if not recipe.public},
+    # How much is withheld, of what.
+    "once, 30 %, server model": once(0.3, merge="server"),
+    "once, 50 %, server model": once(0.5, merge="server"),
+    "once, 20 % of columns": once(0.2, units="columns"),
+    "once, 20 %, and 30 % per group": once(0.2, client_mask=0.3),
+    "once, 20 %, mean": once(0.2, aggregation="mean"),
+    # With how many bits.
+    "once, 20 %, 8 bit": once(0.2, 8),
+    "once, 20 %, 2 bit": once(0.2, 2),
+    # In how many releases, to whom.
+    "20 %, 2 releases": Recipe(FedQSN.once(server_mask=0.2), 2),
+    "20 %, 3 releases": Recipe(FedQSN.once(server_mask=0.2), 3),
+    "5 rounds, 20 %, 30 % per group": Recipe(_MANY),
+    "5 rounds, 20 %, 30 % sticky": Recipe(replace(_MANY, policy="sticky")),
+    "5 rounds, 20 %, 30 % fresh": Recipe(replace(_MANY, policy="fresh")),
+    "5 rounds, participants": Recipe(replace(_MANY, average="participants")),
+    # Something else than the model.
+    "noise of 0.5": Recipe(Distorted(noise=0.5)),
+    "noise of 1": Recipe(Distorted(noise=1.0)),
+    "noise of 1, once": Recipe(Distorted(noise=1.0, aggregation="regmean"), 1),
+    "half of the gain": Recipe(Lagging(shown=0.5)),
+    "none of the gain": Recipe(Lagging(shown=0.0)),
 }
 
 

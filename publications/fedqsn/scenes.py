@@ -83,11 +83,11 @@ def bbc(seed: int) -> Scene:
 
 
 def digits(seed: int) -> Scene:
-    """A small convolutional network, trained on 100 handwritten digits of MNIST; none is public."""
+    """A small convolutional network, trained on 200 handwritten digits of MNIST; none is public."""
     rows = mnist_5k().shuffle(seed=seed)
-    test, owner = rows.select(range(1000)), rows.select(range(1000, 1100))
+    test, owner = rows.select(range(1000)), rows.select(range(1000, 1200))
     clients = partition(
-        rows.select(range(1100, len(rows))), 10, how="dirichlet", alpha=0.3, min_size=20, seed=seed
+        rows.select(range(2000, 3000)), 10, how="dirichlet", alpha=0.2, min_size=20, seed=seed
     )
     task = ImageClassification(num_labels=10)
     torch.manual_seed(seed)
@@ -96,9 +96,9 @@ def digits(seed: int) -> Scene:
         nn.Conv2d(16, 32, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten(),
         nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10),
     )  # fmt: skip
-    tuning = Training(steps=60, batch_size=16, learning_rate=1e-3)
+    tuning = Training(steps=100, batch_size=16, learning_rate=1e-3)
     Trainer(task, owner, tuning).train(model, seed=seed)
-    training = Training(steps=20, batch_size=16, learning_rate=1e-3)
+    training = Training(steps=40, batch_size=16, learning_rate=1e-3)
     prepared = {name: task.prepare(data) for name, data in clients.items()}
     return Scene(
         model, None, task, task.prepare(owner), prepared, task.prepare(test), Plan(5, 8, training)

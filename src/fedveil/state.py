@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Callable, Collection, Mapping
 
@@ -16,6 +18,7 @@ __all__ = [
     "architecture_of",
     "check_trainable",
     "copy_of",
+    "fingerprint",
     "load_state",
     "read_state",
     "tie_key",
@@ -151,6 +154,16 @@ def _as(like: Tensor, tensor: Tensor) -> Tensor:
     """A parameter, if the other one is."""
     parameter = isinstance(like, nn.Parameter)
     return nn.Parameter(tensor, like.requires_grad) if parameter else tensor
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the base: names, shapes, dtypes and weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in read_state(model).items():
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        raw = tensor.detach().cpu().contiguous().flatten()
+        digest.update(raw.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_trainable(state: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import fedveil.federation as facade
+import fedveil.federation.facade as facade
 from fedveil import ConfigurationError, FedAvg, FedQSN, ImageClassification
 from fedveil.shards import load_into, save_shards
 from fedveil.state import architecture_of, read_state

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import fedveil.federation as facade
+import fedveil.federation.facade as facade
 from fedveil import Evaluation, FedQSN
 from fedveil.schemes.fedqsn import FedQSNServer
 from fedveil.training import evaluate

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import fedveil.federation as facade
+import fedveil.federation.facade as facade
 from fedveil import CheckpointError, FedQSN, FedveilError, Secret
 from fedveil.masking import Masking, Masks
 from fedveil.units import Slice, UnitGroup

@@ -138,6 +138,21 @@ def test_progress_elsewhere_is_plain_lines():
     ]
 
 
+@pytest.mark.parametrize(
+    ("own", "taught", "words"),
+    [
+        (1.0, 0.5, "made of 1 x the owner's tuning + 0.5 x what clients taught"),
+        (1.0, 0.0, "nothing taken over, as the base is best on the owner's rows"),
+    ],
+)
+def test_progress_says_what_a_model_is_made_of_that_learns_of_a_public_one(own, taught, words):
+    out = io.StringIO()
+    progress = ConsoleProgress(Console(file=out))
+    progress.run_started(1, 0)
+    progress.round_finished(record(1, 51.0, metrics={"own": own, "taught": taught}))
+    assert f"global model 51.0 %, trained proxy 50.0 %, {words}, 400 B down" in out.getvalue()
+
+
 def test_progress_on_a_terminal_moves_and_cleans_up():
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=True)

@@ -138,12 +138,22 @@ def _reached(measures: Mapping[str, float]) -> str:
     return metric.text(measures[metric.name])
 
 
+def _taken(metrics: Mapping[str, float]) -> str:
+    """What the owner's model is made of, where clients train a public one."""
+    if not metrics["taught"]:
+        return "nothing taken over, as the base is best on the owner's rows"
+    own, taught = metrics["own"], metrics["taught"]
+    return f"made of {own:g} x the owner's tuning + {taught:g} x what clients taught"
+
+
 def _line(record: RoundRecord, rounds: int) -> str:
     used = len(record.bytes_down) - len(record.failed)
     parts = [f"{used} of {len(record.bytes_down)} clients"]
     for view, name in (("global", "global model"), ("proxy_after", "trained proxy")):
         if view in record.measures:
             parts.append(f"{name} {_reached(record.measures[view])}")
+    if "taught" in record.metrics:
+        parts.append(_taken(record.metrics))
     for way, sizes in (("down", record.bytes_down), ("up", record.bytes_up)):
         parts.append(f"{human_bytes(sum(sizes.values()))} {way}")
     if record.exposed and record.exposed_together is not None:

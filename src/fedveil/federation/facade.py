@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from fedveil.audit import Manifest, Stage
 from fedveil.engine import Evaluation, Observer, RoundRecord, Rounds
 from fedveil.engine.checkpoint import CheckpointFolder
-from fedveil.engine.crew import Crew, threads
+from fedveil.engine.crew import Crew
 from fedveil.engine.in_process import Workplace, workers
 from fedveil.engine.memory import ClientFiles
-from fedveil.engine.rounds import MEASURING_THREADS, clear
-from fedveil.errors import AuditError, ConfigurationError, DataError, FedveilError
+from fedveil.engine.rounds import clear
+from fedveil.errors import AuditError, ConfigurationError
+from fedveil.federation.clients import Remote, Rows, check_names, name_clients, prepared, trainer_of
+from fedveil.federation.judge import Judge
+from fedveil.federation.settings import check_count, check_keeping, check_limit
 from fedveil.schemes import FedQSN, Scheme, ServerSide, Transfer, check_public
 from fedveil.secret import Secret
-from fedveil.state import architecture_of, copy_of, load_state, read_state, with_state
-from fedveil.training import Dataset, Prepared, Task, Trainer, Training, evaluate
-from fedveil.training.modes import on_device
+from fedveil.state import (
+    architecture_of,
+    copy_of,
+    fingerprint,
+    load_state,
+    read_state,
+    with_state,
+)
+from fedveil.training import Prepared, Task, Training
 
-__all__ = ["Federation", "Remote", "Result"]
-
-Rows = Dataset | Prepared
-"""A data set, or what ``task.prepare`` made of one: to encode it once for several federations."""
-
-_CLIENT_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+__all__ = ["Federation", "Result"]
 
 
 @dataclass(frozen=True)
@@ -62,17 +61,6 @@ class Result:
     def mean_bytes_up(self) -> float:
         """Mean bytes per client and round that a client returned."""
         return _mean([size for record in self.rounds for size in record.bytes_up.values()])
-
-
-@dataclass(frozen=True)
-class Remote:
-    """Clients whose data are on other machines: all that the owner knows of them is their names.
-
-    Attributes:
-        names: Of letters, digits, ``.``, ``_`` and ``-``.
-    """
-
-    names: tuple[str, ...]
 
 
 class Federation:
@@ -167,22 +155,13 @@ class Federation:
     ) -> None:
         self.scheme = scheme or FedQSN.default(of_public=public is not None)
         self.training = training or Training()
-        named = {} if isinstance(clients, Remote) else _name_clients(clients)
-        self._names = _checked(clients.names if isinstance(clients, Remote) else tuple(named))
-        _check_count("clients_per_round", clients_per_round, len(self._names))
-        _check_count("releases", releases, None)
-        _check_count("workers", workers, None)
-        _check_limit(exposure_limit)
-        if keep_messages not in (True, False, "proxies"):
-            raise ConfigurationError(
-                "The setting 'keep_messages' is unknown",
-                expected="true, false or 'proxies'",
-                found=repr(keep_messages),
-            )
-        if keep_messages and out is None:
-            raise ConfigurationError(
-                "keep_messages needs a place to keep them", fix="Give the run a folder with out=..."
-            )
+        named = {} if isinstance(clients, Remote) else name_clients(clients)
+        self._names = check_names(clients.names if isinstance(clients, Remote) else tuple(named))
+        check_count("clients_per_round", clients_per_round, len(self._names))
+        check_count("releases", releases, None)
+        check_count("workers", workers, None)
+        check_limit(exposure_limit)
+        check_keeping(keep_messages, out)
         # A secret that nobody keeps cannot be used to resume.
         self._secret_is_kept = secret is not None
         self._secret = secret or Secret.generate()
@@ -196,15 +175,15 @@ class Federation:
         self._out, self._keep_messages = (Path(out) if out is not None else None), keep_messages
         self._observer = observer or Observer()
         self._task = task
-        self._test = None if test is None else _prepared("the test set", task, test)
+        self._test = None if test is None else prepared("the test set", task, test)
         self._trainers = {
-            name: _trainer(name, task, data, self.training) for name, data in named.items()
+            name: trainer_of(name, task, data, self.training) for name, data in named.items()
         }
         self._public, self._owner, self._fresh = None, None, tuple(fresh)
         if public is not None or owner is not None or fresh:
             self._public, self._owner = self._read_public(public, owner, copy=copy)
         self._server()  # says now what it cannot work with
-        self._is_own, self._fingerprint = copy, _fingerprint(self._model)
+        self._is_own, self._fingerprint = copy, fingerprint(self._model)
 
     def run(
         self,
@@ -231,7 +210,7 @@ class Federation:
                 checkpoint belongs to another configuration or is damaged.
             FedveilError: If no client gave a usable reply in a round.
         """
-        _check_count("rounds", rounds, None)
+        check_count("rounds", rounds, None)
         if crew is None and not self._trainers:
             raise ConfigurationError(
                 "The clients' data are on other machines",
@@ -340,7 +319,7 @@ class Federation:
         Raises:
             ConfigurationError: If the model, used without a copy, is not what it was.
         """
-        if not self._is_own and _fingerprint(self._model) != self._fingerprint:
+        if not self._is_own and fingerprint(self._model) != self._fingerprint:
             raise ConfigurationError(
                 "The model has changed since the federation was made with it",
                 fix="Make a new Federation, or let it keep a copy with copy=True.",
@@ -367,7 +346,7 @@ class Federation:
         if self._public is None or self._owner is None:
             return {}
         fresh = {"fresh": [*self._fresh]} if self._fresh else {}
-        return {"public": _fingerprint(self._public), "owner": len(self._owner), **fresh}
+        return {"public": fingerprint(self._public), "owner": len(self._owner), **fresh}
 
     def _read_public(
         self, public: nn.Module | None, owner: Rows | None, *, copy: bool
@@ -380,13 +359,13 @@ class Federation:
                 fix="Some dozens of the owner's rows say how much his model is to learn.",
             )
         check_public(self.scheme, public, self._model)
-        rows: Prepared = _prepared("the owner's data", self._task, owner)
+        rows: Prepared = prepared("the owner's data", self._task, owner)
         return copy_of(public) if copy else public, rows
 
     def _server(self) -> ServerSide:
         if self._public is None or self._owner is None:
             return self.scheme.server(self._model, self._secret)
-        judge = _Judge(self._architecture, self._task, self._owner, self.training.device)
+        judge = Judge(self._architecture, self._task, self._owner, self.training.device)
         return Transfer(self.scheme, self._public, self._model, self._secret, judge, self._fresh)
 
     def _in_process(self, memories: ClientFiles | None) -> AbstractContextManager[Crew]:
@@ -404,101 +383,6 @@ class Federation:
             self._architecture(), side, self._task, self._trainers, self._test,
             device=self.training.device,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """The loss of models on the owner's data."""
-
-    make: Callable[[], nn.Module]
-    task: Task
-    rows: Prepared
-    device: str | None
-
-    def __call__(self, state: Mapping[str, Tensor]) -> float:
-        """In nats; infinite for a model whose answers are none."""
-        model = self.make()
-        load_state(model, state)
-        with threads(MEASURING_THREADS), on_device(model, self.device):
-            loss = evaluate(model, self.task, self.rows)["loss"]
-        return loss if math.isfinite(loss) else math.inf
-
-
-def _name_clients(clients: Mapping[str, Rows] | Sequence[Rows]) -> dict[str, Rows]:
-    if isinstance(clients, Mapping):
-        named = dict(clients)
-    else:
-        named = {f"client-{i:02d}": data for i, data in enumerate(clients)}
-    return named
-
-
-def _checked(names: tuple[str, ...]) -> tuple[str, ...]:
-    if not names:
-        raise ConfigurationError("A federation needs clients", expected="at least 1", found="none")
-    if len(set(names)) < len(names):
-        raise ConfigurationError("Two clients have the same name", found=", ".join(sorted(names)))
-    for name in names:
-        if not isinstance(name, str) or not _CLIENT_NAME.fullmatch(name) or set(name) == {"."}:
-            raise ConfigurationError(
-                "A client's name cannot be used",
-                expected="1 to 64 letters, digits, '.', '_' and '-'",
-                found=repr(name),
-            )
-    return names
-
-
-def _prepared(who: str, task: Task, data: Rows) -> Any:
-    try:
-        return task.prepare(data)
-    except FedveilError as error:
-        raise _name_culprit(who, error) from error
-
-
-def _trainer(name: str, task: Task, data: Rows, training: Training) -> Trainer:
-    return Trainer(task, _prepared(f"client {name}", task, data), training)
-
-
-def _name_culprit(who: str, error: FedveilError) -> FedveilError:
-    where = f"{who}, {error.where}" if error.where else who
-    kind = type(error) if isinstance(error, DataError) else DataError
-    return kind(
-        error.problem, expected=error.expected, found=error.found, where=where, fix=error.fix
-    )
-
-
-def _check_count(name: str, value: int | None, most: int | None) -> None:
-    if value is None:
-        return
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if not ok or (most is not None and value > most):
-        limit = f" and at most {most}, the number of clients" if most is not None else ""
-        raise ConfigurationError(
-            f"The setting {name!r} is impossible",
-            expected=f"an integer of at least 1{limit}",
-            found=repr(value),
-        )
-
-
-def _check_limit(limit: float | None) -> None:
-    if limit is None:
-        return
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= 1:
-        raise ConfigurationError(
-            "The setting 'exposure_limit' is impossible",
-            expected="a number above 0 and up to 1",
-            found=repr(limit),
-            fix="A limit of 0.6 shows no client more than 60 % of the model's parameters.",
-        )
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """A digest of the base: names, shapes, dtypes and weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in read_state(model).items():
-        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        raw = tensor.detach().cpu().contiguous().flatten()
-        digest.update(raw.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _fp32_bytes(state: Mapping[str, Tensor]) -> int:
