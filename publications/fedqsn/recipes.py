@@ -24,6 +24,8 @@ class Recipe:
         releases: Rounds in which all clients take part and do all their work; None for the scene's
             own plan of many rounds.
         public: Release the public model that the owner's was fine-tuned from, and nothing of his.
+        own_classes: Whether clients leave classes that they lack out of the softmax.
+        work: Steps of a client, next to those of the scene's own plan.
         full: Try every attack there is, and not only the quick set.
         attacked: Whether to attack it at all.
     """
@@ -31,6 +33,8 @@ class Recipe:
     scheme: Scheme
     releases: int | None = None
     public: bool = False
+    own_classes: bool = False
+    work: float = 1.0
     full: bool = False
     attacked: bool = True
 
@@ -45,22 +49,21 @@ _PUBLIC = FedQSN.once(server_mask=0.0)
 _MAIN: Mapping[str, Recipe] = {
     # Clients hold the global model: there is nothing to attack.
     "FedAvg": Recipe(FedAvg(), attacked=False),
-    "public": Recipe(_PUBLIC, 1, public=True, full=True),
+    "public": Recipe(_PUBLIC, 1, public=True, own_classes=True, full=True),
     "paper": Recipe(FedQSN.paper(), full=True),
     "once, 20 %": once(0.2),
 }
 _FRONTIER: Mapping[str, Recipe] = {
     **_MAIN,
     "once, 0 %": once(0.0),
-    "once, 10 %": once(0.1),
     "once, 40 %, server model": once(0.4, merge="server"),
     "once, 20 %, 3 bit": once(0.2, 3),
-    "public, mean": Recipe(FedQSN.once(server_mask=0.0, aggregation="mean"), 1, public=True),
-    "public, 3 releases": Recipe(_PUBLIC, 3, public=True),
+    "public, 3 releases": Recipe(_PUBLIC, 3, public=True, own_classes=True),
 }
 _ADAPTERS: Mapping[str, Recipe] = {
     "FedAvg": Recipe(FedLPP(bits=None), attacked=False),
-    "public": Recipe(FedLPP(bits=None, aggregation="regmean"), 1, public=True),
+    # Who begins with what everybody has must learn once more what the base knows already.
+    "public": Recipe(FedLPP(bits=None, aggregation="regmean"), 1, public=True, work=3.0),
     "FedLPP, 3 bit": Recipe(FedLPP(bits=3)),
     "once": Recipe(FedLPP(bits=None, aggregation="regmean"), 1),
 }
@@ -70,6 +73,7 @@ _MANY = FedQSN(server_mask=0.2)
 _NOTHING_PUBLIC: Mapping[str, Recipe] = {
     **{name: recipe for name, recipe in _FRONTIER.items() if not recipe.public},
     # How much is withheld, of what.
+    "once, 10 %": once(0.1),
     "once, 30 %, server model": once(0.3, merge="server"),
     "once, 50 %, server model": once(0.5, merge="server"),
     "once, 20 % of columns": once(0.2, units="columns"),

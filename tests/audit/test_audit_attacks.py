@@ -22,6 +22,8 @@ from fedveil.audit.attacks import (
     heal,
     infer_updates,
     intersect,
+    lacks_classes,
+    spare,
     union,
 )
 from fedveil.audit.attacks.healing import PIECES
@@ -235,6 +237,44 @@ class TestTraining:
         agree = [(answers[0] == other).float().mean() for other in answers[1:]]
         assert agree[0] > 0.8
         assert agree[0] > agree[1] + 0.2
+
+
+class TestSparing:
+    TASK = ImageClassification(num_labels=3)
+
+    def mine(self):
+        """All classes but one."""
+        rows = [row for row in toys.rows(150, 3) if row["label"] != 1]
+        return self.TASK.prepare(rows[:60])
+
+    @pytest.mark.parametrize("own_classes", [False, True])
+    def test_keeps_of_the_other_classes_what_healing_loses(self, own_classes):
+        test, model = self.TASK.prepare(toys.rows(300, seed=50)), net()
+        everything = self.TASK.prepare(toys.rows(300, 1))
+        taught = Training(steps=30, batch_size=16, learning_rate=5e-3)
+        torch.manual_seed(0)
+        stolen = {  # as if released with few bits
+            name: tensor + tensor.std() * torch.randn_like(tensor)
+            for name, tensor in heal(
+                model, self.TASK, everything, taught, toys.weights(net())
+            ).state.items()
+        }
+        training = replace(taught, learning_rate=0.02, own_classes=own_classes)
+        reached = {}
+        for attack in (heal, spare):
+            found = attack(model, self.TASK, self.mine(), training, stolen, rounds=6)
+            load_state(model, found.state)
+            reached[attack] = evaluate(model, self.TASK, test)["accuracy"]
+        # Clients who train on their own classes alone spare the others when they heal.
+        lost, kept = (spare, heal) if own_classes else (heal, spare)
+        assert reached[kept] > reached[lost] + 10
+
+    def test_is_for_who_lacks_a_class(self):
+        test = self.TASK.prepare(toys.rows(30))
+        assert lacks_classes(self.TASK, self.mine(), test)
+        assert not lacks_classes(self.TASK, test, test)
+        assert not lacks_classes(self.TASK, test, self.mine())
+        assert not lacks_classes(toys.NextToken(), self.mine(), test)
 
 
 class TestInference:

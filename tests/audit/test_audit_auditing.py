@@ -121,7 +121,7 @@ class TestThePapersRecipe:
             "own data alone", "union", "average", "intersection", "extrapolation",
         }  # fmt: skip
         assert {attack.polish for attack in paper.attacks} == {
-            "", "healing", "distillation", "souping", "federating", "amplification",
+            "", "healing", "distillation", "souping", "sparing", "federating", "amplification",
         }  # fmt: skip
         assert {a.holes for a in paper.attacks if a.released} == {"zeros", "public"}
         assert {a.holes for a in paper.attacks if not a.released} == {"nothing", "public"}

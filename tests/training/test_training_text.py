@@ -1,6 +1,8 @@
+import math
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,15 @@ def test_bert_learns(bert, task):
     assert record.loss_last < 0.5 * record.loss_first
     assert after["loss"] < before["loss"]
     assert after["accuracy"] > 90
+
+
+def test_classes_that_occur(task):
+    prepared = task.prepare([{"text": "good film", "label": 1}, {"text": "fine", "label": 1}])
+    assert task.classes_in(prepared) == [1]
+    batch = task.collate(prepared.select([0]))
+    model = lambda **inputs: SimpleNamespace(logits=torch.zeros(1, 2))  # noqa: E731
+    assert task.restricted_to(prepared).loss(model, batch).item() == 0
+    assert task.loss(model, batch).item() == pytest.approx(math.log(2))
 
 
 def test_it_is_a_task(task):

@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 from itertools import chain, islice
 
 import pytest
@@ -14,7 +15,14 @@ from training_samples import images, perceptron, same, state
 import toys
 from fedveil import FedAvg, FedQSN
 from fedveil.errors import ConfigurationError, DataError, FedveilError, TrainingError
-from fedveil.training import ImageClassification, Trainer, Training, TrainingRecord, modes
+from fedveil.training import (
+    ImageClassification,
+    Trainer,
+    Training,
+    TrainingRecord,
+    evaluate,
+    modes,
+)
 from fedveil.training.batches import Batches
 
 TASK = ImageClassification(num_labels=3)
@@ -275,11 +283,55 @@ class TestLessMemory:
     @pytest.mark.parametrize(
         "words",
         [{"gradient_accumulation_steps": 0}, {"gradient_accumulation_steps": 17},
-         {"gradient_checkpointing": 1}],
+         {"gradient_checkpointing": 1}, {"own_classes": "yes"}],
     )  # fmt: skip
     def test_impossible_settings(self, words):
         with pytest.raises(ConfigurationError, match=next(iter(words))):
             Training(**words)
+
+
+class TestOwnClasses:
+    """Restricted softmax: classes of which a client has no example."""
+
+    SETTINGS = Training(
+        steps=5, batch_size=4, learning_rate=0.05, own_classes=True, weight_decay=0.0
+    )
+
+    @pytest.mark.parametrize("own", [True, False])
+    def test_others_keep_their_rows_of_the_head(self, own):
+        rows = [row for row in images(18) if row["label"] != 1]
+        model, before = perceptron(), state(perceptron())
+        trained(model, rows=rows, training=replace(self.SETTINGS, own_classes=own))
+        for name in ("out.weight", "out.bias"):
+            kept = (model.state_dict()[name] == before[name]).flatten(1 if "w" in name else 0)
+            kept = kept.all(1) if kept.ndim > 1 else kept
+            assert kept.tolist() == [False, own, False]
+
+    def test_who_has_all_classes_trains_as_ever(self):
+        one, record = trained(perceptron(), training=self.SETTINGS)
+        other, again = trained(perceptron(), training=replace(self.SETTINGS, own_classes=False))
+        assert same(state(one), state(other))
+        assert record == again
+
+    def test_who_has_one_class_learns_nothing_of_it(self):
+        rows = [row for row in images(18) if row["label"] == 1]
+        model, record = trained(perceptron(), rows=rows, training=self.SETTINGS)
+        assert (record.loss_first, record.loss_last) == (0.0, 0.0)
+        assert same(state(model), state(perceptron()))
+
+    def test_what_is_measured_stays_over_all_classes(self):
+        rows = [row for row in images(18) if row["label"] != 1]
+        task = ImageClassification(num_labels=3)
+        trainer = Trainer(task, rows, self.SETTINGS)
+        expected = evaluate(perceptron(), TASK, images(18))
+        trainer.train(perceptron(), seed=0)
+        assert evaluate(perceptron(), task, images(18)) == expected
+        assert evaluate(perceptron(), trainer.task, images(18)) == expected
+
+    def test_a_task_without_classes(self):
+        with pytest.raises(ConfigurationError, match="no classes") as error:
+            Trainer(toys.NextToken(), toys.texts(8), self.SETTINGS)
+        assert error.value.where == "Training.own_classes"
 
 
 class TestDevices:

@@ -22,6 +22,8 @@ from fedveil.audit.attacks import (
     heal,
     infer_updates,
     intersect,
+    lacks_classes,
+    spare,
     union,
 )  # fmt: skip
 from fedveil.audit.attacks.distillation import scores_of
@@ -179,10 +181,18 @@ class _Attempt:
         self, clients: tuple[str, ...], sent: Sequence[Kept], start: State, healed: State
     ) -> Iterator[tuple[str, State]]:
         """What else comes of training a model on: on the way back, and each attacker on his own."""
+        stage, who = self.stage, _who(clients)
         for share in SHARES:
             yield "souping", between(start, healed, share)
+        data = stage.pooled(clients)
+        if lacks_classes(stage.task, data, stage.test):
+            spared = spare(
+                stage.model, stage.task, data, stage.training, start, rounds=self._rounds(sent),
+                seed=stage.seed, tell=lambda text: self.tell(f"{who}: sparing, {text}"),
+            )  # fmt: skip
+            for share in (*SHARES, 1.0):
+                yield "sparing", between(start, spared.state, share)
         if len(clients) > 1:
-            stage, who = self.stage, _who(clients)
             yield "federating", federate(
                 stage.model, stage.task, {name: stage.data[name] for name in clients},
                 stage.training, start, rounds=len({kept.round for kept in sent}), seed=stage.seed,

@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class Setting:
     Attributes:
         seed: Decides splits, the new head, sampling, batch order and dropout.
         owner_documents: Documents on which the owner tunes the public model beforehand.
+        judging_documents: More of his, that he does not tune on: they say how much his model is to
+            learn, where clients train the public one.
         test_documents: The owner's test set.
         clients: Partners; classes are skewed by Dirichlet(alpha).
         rounds: Rounds of each scheme.
@@ -90,6 +93,7 @@ class Setting:
 
     seed: int = 0
     owner_documents: int = 60
+    judging_documents: int = 60
     test_documents: int = 400
     clients: int = 10
     alpha: float = 0.3
@@ -116,7 +120,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scene:
-    """The owner's base, his data and test set; what each client has; what everybody can get."""
+    """The owner's base, his held-out data and test set; each client's data; what is public."""
 
     base: nn.Module
     public: nn.Module
@@ -172,10 +176,11 @@ def prepare(setting: Setting) -> Scene:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     documents = bbc_news().shuffle(seed=setting.seed)
-    ends = (setting.test_documents, setting.test_documents + setting.owner_documents)
-    test, owner = documents.select(range(ends[0])), documents.select(range(*ends))
+    sizes = (setting.test_documents, setting.owner_documents, setting.judging_documents)
+    ends = (*accumulate(sizes), len(documents))
+    test, tuned, judging, others = (documents.select(range(*part)) for part in pairwise((0, *ends)))
     clients = partition(
-        documents.select(range(ends[1], len(documents))),
+        others,
         setting.clients,
         how="dirichlet",
         alpha=setting.alpha,
@@ -189,9 +194,11 @@ def prepare(setting: Setting) -> Scene:
     task = TextClassification(tokenizer, num_labels=5, max_length=setting.max_length)
     public = copy.deepcopy(model)
     with threads(1):
-        Trainer(task, owner, setting.owner_training).train(model, seed=setting.seed)
+        Trainer(task, tuned, setting.owner_training).train(model, seed=setting.seed)
     prepared = {name: task.prepare(data) for name, data in clients.items()}
-    return Scene(model, public, tokenizer, task, task.prepare(owner), prepared, task.prepare(test))
+    return Scene(
+        model, public, tokenizer, task, task.prepare(judging), prepared, task.prepare(test)
+    )
 
 
 def own_data_alone(
@@ -232,7 +239,8 @@ def build_federation(
         scheme=scheme,
         public=scene.public if public else None,
         owner=scene.owner if public else None,
-        training=setting.training,
+        # With few classes each, they would teach a model that is merged once to forget the others.
+        training=replace(setting.training, own_classes=public),
         test=scene.test,
         evaluation=evaluation or Evaluation(proxies=setting.measured_proxies, base=False),
         clients_per_round=setting.clients_per_round,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import DataError
-from fedveil.training.tasks import Batch, Classification, Dataset, Prepared, missing_column
+from fedveil.training.tasks import Batch, Classification, Dataset, Prepared, column, missing_column
 
 __all__ = ["ImageClassification"]
 
@@ -57,6 +57,10 @@ class ImageClassification(Classification):
             return data
         self.validate(data)
         return Prepared(data)
+
+    def classes_in(self, data: Prepared) -> list[int]:
+        """The classes of which there are examples, in order."""
+        return sorted({int(label) for label in column(data.rows, self.label)})
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Images as float32 [B, C, H, W], and labels [B].

@@ -43,6 +43,9 @@ class Training:
             after the other: less memory for the same gradient, but for rounding and BatchNorm.
         gradient_checkpointing: Compute activations twice instead of keeping them: less memory, more
             time. For models of transformers.
+        own_classes: Classes of which a client has no example are no part of his softmax (FedRS, Li
+            and Zhan 2021, with a factor of 0): clients of few classes do not teach the model that
+            the others never occur. For classification.
         device: Where models train and are measured, such as "cuda"; None where they are. Everything
             else of a federation is done on the CPU.
         frozen: Patterns (as in the shell, case-sensitive) of parameter names that clients leave
@@ -64,6 +67,7 @@ class Training:
     max_grad_norm: float | None = 1.0
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    own_classes: bool = False
     device: str | None = None
     frozen: tuple[str, ...] = ()
 
@@ -84,6 +88,7 @@ class Training:
         if self.gradient_accumulation_steps > self.batch_size:
             self._refuse("gradient_accumulation_steps", "at most batch_size, an example for each")
         self._flag("gradient_checkpointing")
+        self._flag("own_classes")
         self._between("learning_rate", 0, math.inf, open_below=True)
         self._between("weight_decay", 0, math.inf)
         self._between("momentum", 0, 1)

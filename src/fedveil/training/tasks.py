@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,7 @@ class Classification:
     def __init__(self, *, label: str, num_labels: int | None) -> None:
         self.label = label
         self.num_labels = num_labels
+        self._classes: tuple[int, ...] | None = None
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Scores per class, shape [B, C]."""
@@ -102,6 +104,10 @@ class Classification:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross entropy in nats, computed in float32 whatever the weights are."""
         logits = self._checked_logits(model, batch)
+        if self._classes is not None:
+            others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            others[list(self._classes)] = False
+            logits = logits.masked_fill(others, -torch.inf)
         return F.cross_entropy(logits, batch["labels"])
 
     def measure(self, model: nn.Module, batch: Batch) -> Measure:
@@ -115,6 +121,19 @@ class Classification:
             for chosen in (found[right], found, labels)
         ]
         return Measure(len(labels), float(loss), int(right.sum()), torch.stack(counts).cpu())
+
+    def restricted_to(self, data: Prepared) -> Self:
+        """The same task, with a loss that knows no classes but those that occur in the data.
+
+        How good a model is is measured over all classes as ever.
+        """
+        task = copy.copy(self)
+        task._classes = tuple(self.classes_in(data))
+        return task
+
+    def classes_in(self, data: Prepared) -> list[int]:
+        """The classes of which there are examples, in order."""
+        raise NotImplementedError
 
     def check_labels(self, data: Dataset) -> list[int]:
         """The labels of all rows; DataError names the first that is no class number."""

@@ -95,6 +95,10 @@ class TextClassification(Classification):
         ]
         return Prepared(rows, lengths=[len(row["input_ids"]) for row in rows])
 
+    def classes_in(self, data: Prepared) -> list[int]:
+        """The classes of which there are examples, in order."""
+        return sorted({row["labels"] for row in data.select(range(len(data)))})
+
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Token tensors padded to the longest row, shape [B, L], and labels, shape [B]."""
         tokens = [{k: v for k, v in row.items() if k != "labels"} for row in rows]

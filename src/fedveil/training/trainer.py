@@ -23,7 +23,15 @@ from fedveil.training.modes import (
     training_mode,
 )
 from fedveil.training.settings import Training
-from fedveil.training.tasks import Batch, Dataset, Prepared, Task, device_of, to_device
+from fedveil.training.tasks import (
+    Batch,
+    Classification,
+    Dataset,
+    Prepared,
+    Task,
+    device_of,
+    to_device,
+)
 
 __all__ = ["LocalRun", "Trainer", "TrainingRecord"]
 
@@ -74,7 +82,8 @@ class Trainer:
 
     Raises:
         DataError: The data cannot be used for the task.
-        ConfigurationError: This machine lacks the device.
+        ConfigurationError: This machine lacks the device, or the task has no classes that could be
+            a client's own.
     """
 
     def __init__(self, task: Task, data: Dataset | Prepared, training: Training) -> None:
@@ -82,6 +91,7 @@ class Trainer:
             check_device(training.device)
         self.task, self.training = task, training
         self._data = task.prepare(data)
+        self._taught = _restricted(task, self._data) if training.own_classes else task
 
     @property
     def data(self) -> Prepared:
@@ -222,7 +232,7 @@ class Trainer:
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         try:
-            return self.task.loss(model, batch)
+            return self._taught.loss(model, batch)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -232,6 +242,18 @@ class Trainer:
                 found=f"{self.examples} in the data set, batch_size={self.training.batch_size}",
                 fix="Leave this client out, or raise batch_size.",
             ) from error
+
+
+def _restricted(task: Task, data: Prepared) -> Task:
+    if not isinstance(task, Classification):
+        raise ConfigurationError(
+            "The task has no classes that could be a client's own",
+            expected="a classification of texts or images",
+            found=getattr(task, "name", type(task).__name__),
+            where="Training.own_classes",
+            fix="Leave own_classes out.",
+        )
+    return task.restricted_to(data)
 
 
 def _weight(task: Task, batch: Batch, examples: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -91,7 +92,8 @@ def distil(
     wise = copy.deepcopy(model).eval().requires_grad_(False)
     load_state(wise, teacher)
     taught = _Taught(task, scores, wise)
-    return heal(model, taught, data, training, student, rounds=rounds, seed=seed, tell=tell)
+    every = replace(training, own_classes=False)  # the teacher scores all classes
+    return heal(model, taught, data, every, student, rounds=rounds, seed=seed, tell=tell)
 
 
 class _Taught:
