@@ -154,7 +154,10 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     results = Results(arguments.out)
     for seed in arguments.seeds:
-        setting, scene = replace(Setting(), seed=seed, rounds=arguments.rounds), None
+        setting, scene = (
+            replace(Setting(judging_documents=0), seed=seed, rounds=arguments.rounds),
+            None,
+        )
         for name in arguments.only:
             if not results.has(name, seed):
                 scene = scene or prepare(setting)

@@ -118,7 +118,7 @@ def accuracies(scene: Scene, setting: Setting) -> dict[str, dict[str, float]]:
 def run_accuracy(seeds: list[int], results: Results, console: Console) -> None:
     """Run the seeds that are missing and print the table."""
     for seed in seeds:
-        setting = replace(Setting(), seed=seed)
+        setting = replace(Setting(judging_documents=0), seed=seed)
         if not all(results.has(name, seed) for name in FORMS):
             for name, values in accuracies(prepare(setting), setting).items():
                 if not results.has(name, seed):
@@ -234,7 +234,7 @@ def _lifted(gram: torch.Tensor) -> torch.Tensor:
 
 def run_reveals(console: Console) -> None:
     """Print how much is recognised, by form and number of documents."""
-    scene, counts = prepare(Setting()), (1, 4, 16, 64)
+    scene, counts = prepare(Setting(judging_documents=0)), (1, 4, 16, 64)
     inputs = list(first_inputs(scene))
     table = Table("Gram of the first layer", *(f"{count} documents" for count in counts))
     for name in (

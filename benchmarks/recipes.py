@@ -101,7 +101,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     console, results = Console(width=140), Results(arguments.out)
     for seed in arguments.seeds:
-        setting, scene = replace(Setting(), seed=seed), None
+        setting, scene = replace(Setting(judging_documents=0), seed=seed), None
         for name in [ALONE, *arguments.only]:
             if results.has(name, seed):
                 continue

@@ -100,7 +100,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console, results = Console(), Results(arguments.out)
     for seed in arguments.seeds:
-        setting, scene = replace(Setting(), seed=seed), None
+        setting, scene = replace(Setting(judging_documents=0), seed=seed), None
         for name, scheme in SCHEMES.items():
             for releases in RELEASES:
                 key = f"{name} x{releases}"

@@ -77,7 +77,8 @@ class Setting:
         seed: Decides splits, the new head, sampling, batch order and dropout.
         owner_documents: Documents on which the owner tunes the public model beforehand.
         judging_documents: More of his, that he does not tune on: they say how much his model is to
-            learn, where clients train the public one.
+            learn, where clients train the public one. With 0 those say it that he tuned on, and
+            clients have as many more.
         test_documents: The owner's test set.
         clients: Partners; classes are skewed by Dirichlet(alpha).
         rounds: Rounds of each scheme.
@@ -196,9 +197,8 @@ def prepare(setting: Setting) -> Scene:
     with threads(1):
         Trainer(task, tuned, setting.owner_training).train(model, seed=setting.seed)
     prepared = {name: task.prepare(data) for name, data in clients.items()}
-    return Scene(
-        model, public, tokenizer, task, task.prepare(judging), prepared, task.prepare(test)
-    )
+    owner = task.prepare(judging if setting.judging_documents else tuned)
+    return Scene(model, public, tokenizer, task, owner, prepared, task.prepare(test))
 
 
 def own_data_alone(
