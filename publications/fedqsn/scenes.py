@@ -60,6 +60,7 @@ class Scene:
         base: The owner's model.
         public: What anybody can get of the same architecture; None if there is nothing.
         task: What it is for.
+        tuned: The rows that he tuned it on.
         owner: Rows of his that he did not tune it on.
         clients: Their rows.
         test: The owner's test set.
@@ -69,6 +70,7 @@ class Scene:
     base: nn.Module
     public: nn.Module | None
     task: Task
+    tuned: Prepared
     owner: Prepared
     clients: Mapping[str, Prepared]
     test: Prepared
@@ -80,7 +82,10 @@ def bbc(seed: int) -> Scene:
     setting = Setting(seed=seed)
     scene = prepare_bbc(setting)
     plan = Plan(setting.rounds, setting.clients_per_round, setting.training)
-    return Scene(scene.base, scene.public, scene.task, scene.owner, scene.clients, scene.test, plan)
+    return Scene(
+        scene.base, scene.public, scene.task, scene.tuned, scene.owner, scene.clients, scene.test,
+        plan,
+    )  # fmt: skip
 
 
 def digits(seed: int) -> Scene:
@@ -101,9 +106,8 @@ def digits(seed: int) -> Scene:
     Trainer(task, owner, tuning).train(model, seed=seed)
     training = Training(steps=40, batch_size=16, learning_rate=1e-3)
     prepared = {name: task.prepare(data) for name, data in clients.items()}
-    return Scene(
-        model, None, task, task.prepare(owner), prepared, task.prepare(test), Plan(5, 8, training)
-    )
+    own = task.prepare(owner)
+    return Scene(model, None, task, own, own, prepared, task.prepare(test), Plan(5, 8, training))
 
 
 def newsgroups(seed: int) -> Scene:
@@ -122,10 +126,12 @@ def newsgroups(seed: int) -> Scene:
     task = TextClassification(tokenizer, num_labels=20, max_length=48)
     public = copy.deepcopy(model)
     training = Training(steps=12, batch_size=16, learning_rate=6e-4, frozen=("*.embeddings.*",))
-    Trainer(task, rows.select(range(100)), replace(training, steps=30)).train(model, seed=seed)
-    owner = task.prepare(rows.select(range(100, 200)))
+    tuned, owner = (task.prepare(rows.select(range(at, at + 100))) for at in (0, 100))
+    Trainer(task, tuned, replace(training, steps=30)).train(model, seed=seed)
     prepared = {name: task.prepare(data) for name, data in clients.items()}
-    return Scene(model, public, task, owner, prepared, task.prepare(test), Plan(5, 6, training))
+    return Scene(
+        model, public, task, tuned, owner, prepared, task.prepare(test), Plan(5, 6, training)
+    )
 
 
 def twenty_newsgroups(part: str) -> datasets.Dataset:
@@ -154,10 +160,12 @@ def headlines(seed: int) -> Scene:
     model, task, clients, test, _ = prepare_headlines(setting)
     public = copy.deepcopy(model)
     rows = bbc_headlines().shuffle(seed=seed)
-    tuned, owner = (rows.select(range(len(rows) - end, len(rows) - end + 24)) for end in (24, 48))
+    tuned, owner = (
+        task.prepare(rows.select(range(len(rows) - end, len(rows) - end + 24))) for end in (24, 48)
+    )
     training = Training(steps=4, batch_size=4, learning_rate=2e-3)
     Trainer(task, tuned, replace(training, steps=8)).train(model, seed=seed)
-    return Scene(model, public, task, task.prepare(owner), clients, test, Plan(3, 10, training))
+    return Scene(model, public, task, tuned, owner, clients, test, Plan(3, 10, training))
 
 
 SCENES: Mapping[str, Callable[[int], Scene]] = {

@@ -121,12 +121,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scene:
-    """The owner's base, his held-out data and test set; each client's data; what is public."""
+    """The owner's base, what he tuned it on, his other rows; each client's; what is public."""
 
     base: nn.Module
     public: nn.Module
     tokenizer: Any
     task: TextClassification
+    tuned: Prepared
     owner: Prepared
     clients: Mapping[str, Prepared]
     test: Prepared
@@ -196,9 +197,14 @@ def prepare(setting: Setting) -> Scene:
     public = copy.deepcopy(model)
     with threads(1):
         Trainer(task, tuned, setting.owner_training).train(model, seed=setting.seed)
-    prepared = {name: task.prepare(data) for name, data in clients.items()}
-    owner = task.prepare(judging if setting.judging_documents else tuned)
-    return Scene(model, public, tokenizer, task, owner, prepared, task.prepare(test))
+    own = task.prepare(tuned)
+    return Scene(
+        model, public, tokenizer, task,
+        tuned=own,
+        owner=task.prepare(judging) if setting.judging_documents else own,
+        clients={name: task.prepare(data) for name, data in clients.items()},
+        test=task.prepare(test),
+    )  # fmt: skip
 
 
 def own_data_alone(

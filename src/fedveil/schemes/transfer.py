@@ -51,7 +51,8 @@ class Transfer:
         public: The public model.
         own: The owner's model, of the same architecture, and fine-tuned from the public one.
         secret: The federation secret.
-        judge: What chooses between pairs. Data that the owner's model was tuned on favour it.
+        judge: What chooses between pairs. Data that the owner's model was tuned on favour it too
+            much.
         fresh: Patterns (as in the shell) of tensors that the owner's model did not begin with as
             they are in the public one, such as "classifier.*".
 
