@@ -23,7 +23,7 @@ class Distorted(FedAvg):
     The noise does not go into the model: updates are added to what the owner holds.
 
     Attributes:
-        noise: Its standard deviation, next to that of the values of the tensor.
+        noise: Its standard deviation, next to that of the values of the tensor in the base.
     """
 
     noise: float = 0.5
@@ -36,14 +36,19 @@ class Distorted(FedAvg):
 class _DistortingServer(FedAvgServer):
     def __init__(self, scheme: Distorted, model: nn.Module, secret: Secret) -> None:
         super().__init__(scheme, model)
-        self._noise, self._secret = scheme.noise, secret
+        self._secret = secret
+        self._noise = {
+            name: scheme.noise * tensor.std()
+            for name, tensor in self._global.floating()
+            if tensor.ndim > 1
+        }
 
     def release(self, client: str) -> Message:
         message = super().release(client)
         noisy = {}
         for name, tensor in self._global.export().items():
-            if tensor.is_floating_point() and tensor.ndim > 1:
-                tensor = tensor + self._noise * tensor.std() * self._draw(client, name, tensor)
+            if name in self._noise:
+                tensor = tensor + self._noise[name] * self._draw(client, name, tensor)
             noisy[name] = Dense(tensor)
         return replace(message, sections=Sections(noisy))
 
