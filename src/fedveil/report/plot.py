@@ -78,7 +78,8 @@ def _draw_rounds(axes: Axes, schemes: Mapping[str, Figures], metric: Metric) -> 
         axes.axhline(value, color=_GREY, linestyle="--", linewidth=1.3, label="own data alone")
     axes.set_xlabel("round (0: the base model)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
+    # Below: among lines that go everywhere there is no room.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False, fontsize=9)
 
 
 def _draw_views(axes: Axes, schemes: Mapping[str, Figures], metric: Metric) -> None:
