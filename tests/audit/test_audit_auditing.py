@@ -12,7 +12,7 @@ from torch import nn
 import fedveil
 import toys
 from fedveil.audit import Attacked, Audit, Evidence, audit
-from fedveil.audit.attacks import between
+from fedveil.audit.attacks import between, can_forge
 from fedveil.audit.words import sentence, title
 from fedveil.errors import AuditError, ConfigurationError
 from fedveil.schemes import FedAvg, FedQSN
@@ -92,6 +92,54 @@ class TestAFractionOfTheWayToTheOwnersModel:
         assert amplified == pytest.approx(found.models["global"]["accuracy"], abs=0.5)
         assert best(found, 1, polish="") < amplified - 10
         assert found.strongest.leak > 0.9
+
+
+class TestAPublicModelReleased:
+    """What anybody can make is nothing of the owner's, however good it is."""
+
+    def audited(self, out, rounds=1, public=None, scheme=None):
+        scheme = scheme or FedQSN.once(server_mask=0.0)
+        run = federation(out, scheme, model=wide(3), public=wide(7), owner=examples(40, 8))
+        run.run(rounds)
+        return audit(Evidence(out), run.stage(public), coalitions=(1, 3))
+
+    def test_once_leaks_nothing_and_the_audit_shows_why(self, tmp_path):
+        found = self.audited(tmp_path)
+        stolen = [a for a in found.attacks if a.released]
+        forged = [a for a in found.attacks if a.holes == "forged"]
+        assert [a.measures for a in forged] == [a.measures for a in stolen]
+        assert not any(a.released for a in forged)
+        assert all(a.leak is None or a.leak <= 0 for a in stolen)
+        assert "byte for byte" in found.sentence
+        assert "themselves" in title(forged[0])
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"rounds": 2},  # the second proxy shows what clients taught
+            {"public": wide(5)},  # another model than was released
+            {"scheme": FedQSN.once(server_mask=0.5)},  # the mask is the secret's
+        ],
+        ids=["rounds", "public", "mask"],
+    )
+    def test_nothing_else_can_be_forged(self, tmp_path, changes):
+        found = self.audited(tmp_path, **changes)
+        assert not any(a.holes == "forged" for a in found.attacks)
+        assert "byte for byte" not in found.sentence
+
+    def test_one_changed_byte_is_seen(self, tmp_path):
+        run = federation(tmp_path, FedAvg(), model=wide(3), public=wide(7), owner=examples(40, 8))
+        run.run(1)
+        sent = Evidence(tmp_path).proxies(["c0", "c1"])
+        assert can_forge(FedAvg(), wide(7), sent)
+        assert not can_forge(FedAvg(), wide(6), sent)
+        assert not can_forge(FedQSN(), wide(7), sent)
+        assert not can_forge(FedAvg(), nn.Sequential(nn.Flatten()), sent)
+        assert not can_forge(FedAvg(), wide(7), [])
+        content = bytearray(sent[1].path.read_bytes())
+        content[-1] ^= 1
+        sent[1].path.write_bytes(content)
+        assert not can_forge(FedAvg(), wide(7), sent)
 
 
 class TestThePapersRecipe:

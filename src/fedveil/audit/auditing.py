@@ -15,6 +15,7 @@ from fedveil.audit.attacks import (
     amplify,
     average,
     between,
+    can_forge,
     distil,
     extrapolate,
     federate,
@@ -35,6 +36,7 @@ from fedveil.audit.stage import Stage, State
 from fedveil.audit.untrained import untrained
 from fedveil.audit.words import NOT_PROTECTED, sentence
 from fedveil.errors import AuditError, ConfigurationError
+from fedveil.state import load_state
 from fedveil.training.metrics import Metric, metric_of
 
 __all__ = ["audit"]
@@ -139,6 +141,26 @@ class _Attempt:
                 ("average", average), ("intersection", intersect), ("extrapolation", extrapolate),
             ):  # fmt: skip
                 self._with_holes(name, clients, sent, collect(self.evidence, sent))
+        if self._can_forge(sent):
+            self._forge(clients)
+
+    def _can_forge(self, sent: Sequence[Kept]) -> bool:
+        """Whether these clients could have made all by themselves that they were sent."""
+        stage = self.stage
+        if stage.public is None or stage.scheme is None:
+            return False
+        load_state(stage.model, stage.whole(stage.public))
+        return can_forge(stage.scheme, stage.model, sent)
+
+    def _forge(self, clients: tuple[str, ...]) -> None:
+        """What they reached is what they reach without a released byte."""
+        mine = [n for n, a in enumerate(self.found) if a.clients == clients and a.released]
+        for attack in [self.found[number] for number in mine]:
+            self._note_own(clients, "forged", attack.polish, dict(attack.measures))
+        for number in mine:
+            attack = self.found[number]
+            leak = self._share(attack.measures, self.own[clients])
+            self.found[number] = replace(attack, leak=leak)
 
     def _own_work(self, clients: tuple[str, ...], sent: Sequence[Kept]) -> None:
         """What these clients reach without a released byte: the floor under every leak.

@@ -31,7 +31,8 @@ class Attacked:
         clients: Whose bytes were pooled: one client, or a coalition.
         rounds: In how many rounds they were sent something.
         released: Whether any released bytes were used; the attacker's own work alone if not.
-        holes: What stands where nothing was released: "zeros", "public" or "base".
+        holes: What stands where nothing was released: "zeros", "public" or "base". Without
+            released bytes what was begun with: "public", "nothing", or "forged" proxies.
         polish: What was done afterwards: "" or "healing" or "distillation".
         measures: What the stolen model reaches.
         leak: ``(attack - own) / (global - own)``, which is the same share whether more is better

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fedveil.schemes import Scheme
 from fedveil.state import load_state
 from fedveil.training import Prepared, Task, Training, evaluate
 
@@ -34,6 +35,7 @@ class Stage:
             everybody holds.
         public: A model that anybody can get, of the same architecture; None if there is none.
         seed: Decides what attackers leave to chance.
+        scheme: With its settings: attackers have the source. None if they are to do without.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Stage:
     models: Mapping[str, State]
     public: State | None = None
     seed: int = 0
+    scheme: Scheme | None = None
 
     def whole(self, state: State) -> State:
         """A model with what everybody holds wherever it says nothing of it."""

@@ -30,12 +30,17 @@ _TITLES: Final = {
     "extrapolation": "next model, guessed from the last two",
 }
 
+_ORIGINS: Final = {
+    "public": "the public model",
+    "forged": "proxies that they made of the public model themselves",
+}
+
 
 def title(attack: Attacked) -> str:
     """What was done, for people who were not there."""
     parts = [_TITLES.get(attack.attack, attack.attack)]
     if not attack.released:
-        parts.append(f"from {'the public model' if attack.holes == 'public' else 'nothing'}")
+        parts.append(f"from {_ORIGINS.get(attack.holes, attack.holes)}")
     else:
         parts.append(f"holes: {attack.holes}")
     if attack.polish:
@@ -55,6 +60,8 @@ def sentence(audit: Audit) -> str:
     if alone is not None and together is not None and len(together.clients) > 1:
         count = len(together.clients)
         text += f" {count} clients who pool everything get to {_reached(audit, together)}."
+    if any(attack.holes == "forged" for attack in audit.attacks):
+        text += " All that they were sent anybody can make of the public model, byte for byte."
     raised = [alarm.check for alarm in audit.alarms if alarm.raised]
     if raised:
         text += f" {len(raised)} of {len(audit.alarms)} checks raise an alarm: {', '.join(raised)}."

@@ -311,6 +311,7 @@ class Federation:
             {**models, "global": server.final()},
             None if known is None else read_state(known),
             self._seed,
+            self.scheme,
         )
 
     def configuration(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fedveil.audit.attacks.distillation import distil
 from fedveil.audit.attacks.extrapolation import extrapolate
 from fedveil.audit.attacks.federating import federate
 from fedveil.audit.attacks.filling import fill
+from fedveil.audit.attacks.forging import can_forge
 from fedveil.audit.attacks.healing import Healing, heal
 from fedveil.audit.attacks.inference import UpdateGuess, infer_updates
 from fedveil.audit.attacks.loot import Loot
@@ -29,6 +30,7 @@ __all__ = [
     "amplify",
     "average",
     "between",
+    "can_forge",
     "distil",
     "extrapolate",
     "federate",
