@@ -94,11 +94,18 @@ def _range(shares: Sequence[float | None]) -> str:
     known = [share for share in shares if share is not None]
     if not known:
         return "–"
-    return f"{100 * min(known):.0f} to {100 * max(known):.0f}"
+    if max(known) <= 0:
+        return "each none"
+    return f"{_percent(min(known))} to {_percent(max(known))}"
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f} %"
+    """Of a share; beyond an end it is only noise, or how small the way is."""
+    if share is None:
+        return "–"
+    if share <= 0:
+        return "none"
+    return f"{100 * share:.0f} %" if share < 2 else "> 200 %"
 
 
 def draw(results: Results, path: Path) -> None:
