@@ -256,6 +256,13 @@ def test_page_shows_every_finding(pages):
     assert "infers of the mean of the others' updates" in text
 
 
+def test_the_gain_that_attackers_make_by_themselves_stands_beside_what_is_shown(tmp_path):
+    found = audit(base=54.0)
+    end, own = found.models["global"]["accuracy"], found.own["accuracy"]
+    text = structure(write_page(write_run(tmp_path, found=found))).text()
+    assert f"Gain of own work alone {100 * (own - 54) / (end - 54):.0f} %" in text
+
+
 def test_heat_map_has_a_cell_for_every_client_and_round():
     after = {1: 0.25, 3: 0.5}
     page = Structure(

@@ -171,6 +171,11 @@ def _key_figures(run: RunFolder) -> Iterator[tuple[str, str]]:
             yield f"Strongest attack ({strongest.attack})", human_measure(reached, metric)
             yield "Its leak", _percent(strongest.leak)
             yield "Gain it shows", _percent(strongest.gain_shown)
+            own, base, end = (
+                metric.of(one) for one in (audit.own, audit.models.get("base", {}), measures)
+            )
+            if own is not None and base is not None and end is not None:
+                yield "Gain of own work alone", _percent(metric.share(own, base, end))
         yield "Without released bytes", human_measure(metric.of(audit.own), metric)
     exposure = run.exposure
     if exposure:
