@@ -93,7 +93,7 @@ def digits(seed: int) -> Scene:
     rows = mnist_5k().shuffle(seed=seed)
     test, owner = rows.select(range(1000)), rows.select(range(1000, 1200))
     clients = partition(
-        rows.select(range(2000, 3000)), 10, how="dirichlet", alpha=0.2, min_size=20, seed=seed
+        rows.select(range(2000, 2500)), 10, how="dirichlet", alpha=0.2, min_size=20, seed=seed
     )
     task = ImageClassification(num_labels=10)
     torch.manual_seed(seed)
