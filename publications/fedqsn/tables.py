@@ -69,8 +69,8 @@ def table(results: Results, scene: str) -> str:
     """Markdown."""
     lines = [
         "| recipe | G (each seed) | kept | one client: A, O | leak | gain shown (by O) "
-        "| three: A, O | leak |",
-        "|---|---|---|---|---|---|---|---|",
+        "| three: A, O | leak | gain shown (by O) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for recipe, values in summary(results, scene).items():
         metric = values["metric"]
@@ -79,12 +79,11 @@ def table(results: Results, scene: str) -> str:
         for size in COALITIONS:
             found = values["attacks"].get(size)
             if found is None:
-                cells += ["–"] * (3 if size == 1 else 2)
+                cells += ["–"] * 3
                 continue
             cells.append(f"{metric.figure(found['A'])}, {metric.figure(found['O'])}")
             cells.append(f"{_percent(found['leak'])} ({_range(found['range'])})")
-            if size == 1:
-                cells.append(f"{_percent(found['gain'])} ({_percent(found['own gain'])})")
+            cells.append(f"{_percent(found['gain'])} ({_percent(found['own gain'])})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
