@@ -157,7 +157,7 @@ def _as(like: Tensor, tensor: Tensor) -> Tensor:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the base: names, shapes, dtypes and weights."""
+    """A digest of a model: names, shapes, dtypes and weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in read_state(model).items():
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())

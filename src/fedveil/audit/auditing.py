@@ -24,7 +24,7 @@ from fedveil.audit.attacks import (
     infer_updates,
     intersect,
     lacks_classes,
-    spare,
+    sparing,
     union,
 )  # fmt: skip
 from fedveil.audit.attacks.distillation import scores_of
@@ -208,9 +208,10 @@ class _Attempt:
             yield "souping", between(start, healed, share)
         data = stage.pooled(clients)
         if lacks_classes(stage.task, data, stage.test):
-            spared = spare(
-                stage.model, stage.task, data, stage.training, start, rounds=self._rounds(sent),
-                seed=stage.seed, tell=lambda text: self.tell(f"{who}: sparing, {text}"),
+            spared = heal(
+                stage.model, stage.task, data, sparing(stage.training), start,
+                rounds=self._rounds(sent), seed=stage.seed,
+                tell=lambda text: self.tell(f"{who}: sparing, {text}"),
             )  # fmt: skip
             for share in (*SHARES, 1.0):
                 yield "sparing", between(start, spared.state, share)

@@ -3,7 +3,7 @@
 Every attack knows all bytes of its coalition, the architecture, the scheme's source, the public
 base and the attacker's own data. Only the federation secret is withheld. Steps combine: collect
 (`union`, `average`, `intersect`, `extrapolate`), fill what is missing (`fill`), go on in the
-direction that was shown (`amplify`), and train on (`heal`, `spare`, `between`, `distil`,
+direction that was shown (`amplify`), and train on (`heal`, `sparing`, `between`, `distil`,
 `federate`).
 """
 
@@ -18,7 +18,7 @@ from fedveil.audit.attacks.healing import Healing, heal
 from fedveil.audit.attacks.inference import UpdateGuess, infer_updates
 from fedveil.audit.attacks.loot import Loot
 from fedveil.audit.attacks.souping import SHARES, between
-from fedveil.audit.attacks.sparing import lacks_classes, spare
+from fedveil.audit.attacks.sparing import lacks_classes, sparing
 from fedveil.audit.attacks.union import union
 
 __all__ = [
@@ -39,6 +39,6 @@ __all__ = [
     "infer_updates",
     "intersect",
     "lacks_classes",
-    "spare",
+    "sparing",
     "union",
 ]
