@@ -1,6 +1,6 @@
 """How the owner's model should learn what clients teach the public one: what was tried.
 
-    python publications/fedqsn/leads.py                     # bbc and newsgroups, 3 seeds
+    python publications/fedqsn/leads.py                     # three scenes, 3 seeds
     python publications/fedqsn/leads.py --scenes bbc --seeds 0
 
 All clients train the public model once, in full precision, and their models are merged; P is the
@@ -13,20 +13,18 @@ import argparse
 import copy
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from scenes import SCENES, Scene
+from pool import run_missing
+from scenes import Scene
 from torch import Tensor, nn
 
-from fedveil.config.models import quiet_transformers
-from fedveil.demo import fast_matmul
-from fedveil.demo.setting import offline
 from fedveil.merging import MergeStatistics, merge, statistics_of
-from fedveil.schemes.transfer import COEFFICIENTS
+from fedveil.schemes.transfer import COEFFICIENTS, STRETCHES
 from fedveil.state import load_state, read_state
 from fedveil.training import Trainer, evaluate
 
@@ -38,7 +36,12 @@ TRAININGS = (PLAIN, OWN_CLASSES)
 """Whether clients leave classes that they lack out of the softmax."""
 HEADS = ("another head", "a head of zeros")
 """The public model's head is not that which the owner's began with; clients train as ever."""
+WAYS = {
+    "bbc": (*TRAININGS, *HEADS), "newsgroups": TRAININGS, "digits": TRAININGS,
+}  # fmt: skip
 JUDGES = ("that B was not tuned on", "that it was tuned on")
+PROJECTIONS = (1.25, 1.5)
+"""How far beyond what clients taught the trajectory is drawn on, in private."""
 CALIBRATION = (4, 16)
 """Steps in which the owner trains what came of it on his own rows."""
 WEIGHTS = (1.0, 4.0, 16.0)
@@ -47,7 +50,6 @@ WEIGHTS = (1.0, 4.0, 16.0)
 
 def tried(scene: Scene, seed: int, begun: str) -> dict[str, Any]:
     """The accuracy of each way, in percent."""
-    assert scene.public is not None
     public = with_head(scene.public, begun, seed)
     models, statistics = taught(scene, public, seed, own_classes=begun == OWN_CLASSES)
     weights = [float(len(rows)) for rows in scene.clients.values()]
@@ -57,6 +59,9 @@ def tried(scene: Scene, seed: int, begun: str) -> dict[str, Any]:
     for name, model in (("P + X", merged), ("P + X, mean", averaged)):
         found[name] = measure(scene, model)
     losses: dict[str, dict[str, float]] = {judges: {} for judges in JUDGES}
+    for further in PROJECTIONS:
+        model = combined(public, public, merged, 0.0, further)
+        found[f"P + {further:g} X"] = measure(scene, model)
     for own, learned in COEFFICIENTS:
         model = combined(public, scene.base, merged, own, learned)
         name = f"P + {own:g} (B - P) + {learned:g} X"
@@ -74,6 +79,12 @@ def tried(scene: Scene, seed: int, begun: str) -> dict[str, Any]:
         tuning = replace(scene.plan.training, steps=steps)
         Trainer(scene.task, scene.owner, tuning).train(model, seed=seed)
         found[f"B + X, then {steps} steps on the owner's rows"] = measure(scene, model)
+    for name, start in (("B", scene.base), ("P + X", merged)):
+        again = copy.deepcopy(start)
+        Trainer(scene.task, scene.tuned, scene.tuning).train(again, seed=seed + 1)
+        found[f"{name}, then tuned as B was"] = measure(scene, again)
+        if start is merged:
+            found |= on_the_way(scene, merged, again)
     mine = statistics_of(scene.base, scene.owner, task=scene.task)
     for weight in WEIGHTS:
         (joined,) = merge(
@@ -82,6 +93,16 @@ def tried(scene: Scene, seed: int, begun: str) -> dict[str, Any]:
         )  # fmt: skip
         found[f"B merged as one more, {weight:g} times its rows"] = measure(scene, joined)
     return found
+
+
+def on_the_way(scene: Scene, merged: nn.Module, again: nn.Module) -> dict[str, float]:
+    """Of the models on the way to what was tuned again, the one that the owner's rows choose."""
+    way = [combined(merged, again, merged, share, 0.0) for share in (0.0, *STRETCHES)]
+    losses = [evaluate(model, scene.task, scene.owner)["loss"] for model in way]
+    best = way[losses.index(min(losses))]
+    return {
+        f"the one of these on the way with the least loss on rows {JUDGES[0]}": measure(scene, best)
+    }
 
 
 def with_head(public: nn.Module, begun: str, seed: int) -> nn.Module:
@@ -129,6 +150,24 @@ def measure(scene: Scene, model: nn.Module) -> float:
     return evaluate(model, scene.task, scene.test)["accuracy"]
 
 
+@dataclass(frozen=True)
+class Lead:
+    """All ways to learn from one training of the clients; see `pool.Job`."""
+
+    scene: str
+    seed: int
+    way: str
+
+    @property
+    def name(self) -> str:
+        """See `pool.Job`."""
+        return f"{self.scene}, {self.way}"
+
+    def run(self, scene: Scene) -> dict[str, Any]:
+        """See `pool.Job`."""
+        return tried(scene, self.seed, self.way)
+
+
 def table(rows: Sequence[Mapping[str, float]]) -> str:
     """Means over seeds, and each seed."""
     lines = ["| | mean | each seed |", "|---|---|---|"]
@@ -142,23 +181,19 @@ def table(rows: Sequence[Mapping[str, float]]) -> str:
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--scenes", nargs="+", choices=SCENES, default=["bbc", "newsgroups"])
+    parser.add_argument("--scenes", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "leads")
     options = parser.parse_args()
     results = Results(options.out)
-    torch.set_num_threads(1)
-    with offline(), fast_matmul(), quiet_transformers():
-        for name in options.scenes:
-            ways = (*TRAININGS, *HEADS) if name == "bbc" else TRAININGS
-            for seed in options.seeds:
-                missing = [way for way in ways if not results.has(f"{name}, {way}", seed)]
-                scene = SCENES[name](seed) if missing else None
-                for way in missing:
-                    assert scene is not None
-                    values = tried(scene, seed, way)
-                    results.add(f"{name}, {way}", seed, values)
-                    print(name, seed, way, values, file=sys.stderr, flush=True)
+    leads = [
+        Lead(name, seed, way)
+        for seed in options.seeds
+        for name in options.scenes
+        for way in WAYS[name]
+    ]
+    run_missing(results, leads, processes=options.processes, told=str)
     for name in results.names():
         print(f"\n{name}\n\n{table(results.of(name))}")
 

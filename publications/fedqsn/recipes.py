@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tried import Distorted, Lagging
+from tried import Deepening, Distorted, Held, Lagging, Ternary, WithOptimizer
 
 from fedveil.schemes import FedAvg, FedLPP, FedQSN, Scheme
 
@@ -25,6 +25,7 @@ class Recipe:
             own plan of many rounds.
         public: Release the public model that the owner's was fine-tuned from, and nothing of his.
         own_classes: Whether clients leave classes that they lack out of the softmax.
+        tuned: With it, whether the owner repeats his tuning on what clients taught.
         work: Steps of a client, next to those of the scene's own plan.
         full: Try every attack there is, and not only the quick set.
         attacked: Whether to attack it at all.
@@ -34,6 +35,7 @@ class Recipe:
     releases: int | None = None
     public: bool = False
     own_classes: bool = False
+    tuned: bool = False
     work: float = 1.0
     full: bool = False
     attacked: bool = True
@@ -72,7 +74,9 @@ _MANY = FedQSN(server_mask=0.2)
 """Several rounds of masked proxies, as whoever has nothing public would think of."""
 
 _NOTHING_PUBLIC: Mapping[str, Recipe] = {
-    **{name: recipe for name, recipe in _FRONTIER.items() if not recipe.public},
+    **_FRONTIER,
+    "public, tuned again": replace(_MAIN["public"], tuned=True),
+    "public, tuned again, 3 x the work": replace(_MAIN["public"], tuned=True, work=3.0),
     # How much is withheld, of what.
     "once, 10 %": once(0.1),
     "once, 30 %, server model": once(0.3, merge="server"),
@@ -80,10 +84,12 @@ _NOTHING_PUBLIC: Mapping[str, Recipe] = {
     "once, 20 % of columns": once(0.2, units="columns"),
     "once, 20 %, and 30 % per group": once(0.2, client_mask=0.3),
     "once, 20 %, mean": once(0.2, aggregation="mean"),
+    "once, 20 %, more of deep layers": Recipe(Deepening.once(server_mask=0.2), 1),
     # With how many bits.
     "once, 20 %, 8 bit": once(0.2, 8),
     "once, 20 %, 3 bit": once(0.2, 3),
     "once, 20 %, 2 bit": once(0.2, 2),
+    "once, 1.58 bit": Recipe(Ternary(aggregation="regmean"), 1),
     # In how many releases, to whom.
     "20 %, 2 releases": Recipe(FedQSN.once(server_mask=0.2), 2),
     "20 %, 3 releases": Recipe(FedQSN.once(server_mask=0.2), 3),
@@ -91,7 +97,12 @@ _NOTHING_PUBLIC: Mapping[str, Recipe] = {
     "5 rounds, 20 %, 30 % sticky": Recipe(replace(_MANY, policy="sticky")),
     "5 rounds, 20 %, 30 % fresh": Recipe(replace(_MANY, policy="fresh")),
     "5 rounds, participants": Recipe(replace(_MANY, average="participants")),
+    "5 rounds, server momentum": Recipe(WithOptimizer(server_mask=0.2, optimizer="momentum")),
+    "5 rounds, server Adam": Recipe(WithOptimizer(server_mask=0.2, optimizer="adam")),
     # Something else than the model.
+    "first layer held": Recipe(Held(layers=("0.*",))),
+    "widest layer held": Recipe(Held(layers=("5.*",))),
+    "last layer held": Recipe(Held(layers=("7.*",))),
     "noise of 0.5": Recipe(Distorted(noise=0.5)),
     "noise of 1": Recipe(Distorted(noise=1.0)),
     "noise of 1, once": Recipe(Distorted(noise=1.0, aggregation="regmean"), 1),

@@ -11,27 +11,21 @@ that the same attacker reaches with none of the released bytes.
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
-import multiprocessing
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from pool import run_missing
 from recipes import COALITIONS, Recipe, recipes_of
 from scenes import SCENES, Scene
 from tables import draw, table
 
-from fedveil import Federation, Secret
+from fedveil import Federation, Secret, Tuning
 from fedveil.audit import Audit, Evidence, audit
-from fedveil.config.models import quiet_transformers
-from fedveil.demo import fast_matmul
-from fedveil.demo.setting import offline
 from fedveil.engine import Evaluation
 from fedveil.training import evaluate
 from fedveil.training.metrics import metric_named, metric_of
@@ -53,6 +47,7 @@ def run(scene: Scene, recipe: Recipe, seed: int, *, full: bool) -> dict[str, Any
             scene.base, scene.clients, task=scene.task, scheme=recipe.scheme, test=scene.test,
             public=scene.public if recipe.public else None,
             owner=scene.owner if recipe.public else None,
+            tuning=Tuning(scene.tuned, scene.tuning) if recipe.tuned else None,
             training=training, clients_per_round=plan.clients_per_round, secret=SECRET,
             seed=seed, out=Path(folder), keep_messages="proxies",
             evaluation=Evaluation(every=0, base=False),
@@ -69,6 +64,10 @@ def run(scene: Scene, recipe: Recipe, seed: int, *, full: bool) -> dict[str, Any
         "metric": metric,
         "B": base[metric],
         "G": result.rounds[-1].measures["global"][metric],
+        "made of": {
+            name: result.rounds[-1].metrics[name]
+            for name in ("own", "taught", "tuned") if name in result.rounds[-1].metrics
+        },
         "attacks": {} if found is None else {
             str(size): attacked(found, size, base[metric]) for size in COALITIONS
         },
@@ -104,17 +103,23 @@ def attacked(found: Audit, size: int, base: float) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=1)
-def scene_of(name: str, seed: int) -> Scene:
-    """A worker makes the scene once for all recipes that it is given of it, one after another."""
-    return SCENES[name](seed)
+@dataclass(frozen=True)
+class Trial:
+    """One recipe on one scene; see `pool.Job`."""
 
+    scene: str
+    seed: int
+    recipe: str
+    full: bool
 
-def work(name: str, seed: int, recipe: str, full: bool) -> dict[str, Any]:
-    """One run, on one thread."""
-    torch.set_num_threads(1)
-    with offline(), fast_matmul(), quiet_transformers():
-        return run(scene_of(name, seed), recipes_of(name)[recipe], seed, full=full)
+    @property
+    def name(self) -> str:
+        """See `pool.Job`."""
+        return f"{self.scene}: {self.recipe}"
+
+    def run(self, scene: Scene) -> dict[str, Any]:
+        """See `pool.Job`."""
+        return run(scene, recipes_of(self.scene)[self.recipe], self.seed, full=self.full)
 
 
 def main() -> None:
@@ -128,26 +133,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     results = Results(options.out)
-    missing = [
-        (name, seed, recipe, settings.full and not options.quick)
+    trials = [
+        Trial(name, seed, recipe, settings.full and not options.quick)
         for seed in options.seeds
         for name in options.scenes
         for recipe, settings in recipes_of(name).items()
         if options.only is None or recipe in options.only
-        if not results.has(f"{name}: {recipe}", seed)
     ]
-    started = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-        jobs = {pool.submit(work, *one): one for one in missing}
-        for done, job in enumerate(as_completed(jobs), start=1):
-            name, seed, recipe, _ = jobs[job]
-            values = job.result()
-            results.add(f"{name}: {recipe}", seed, values)
-            minutes = (time.perf_counter() - started) / 60
-            print(f"{done} of {len(jobs)}, {minutes:.0f} min: {name}, seed {seed}, {recipe}: "
-                  f"G {values['G']:.2f}, {sum(values['seconds'])} s",
-                  file=sys.stderr, flush=True)  # fmt: skip
+    run_missing(
+        results, trials, processes=options.processes,
+        told=lambda values: f"G {values['G']:.2f}, {sum(values['seconds'])} s",
+    )  # fmt: skip
     for name in options.scenes:
         print(f"\n{name}\n\n{table(results, name)}")
     draw(results, options.out / "frontier.png")

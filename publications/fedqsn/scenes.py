@@ -58,23 +58,25 @@ class Scene:
 
     Attributes:
         base: The owner's model.
-        public: What anybody can get of the same architecture; None if there is nothing.
+        public: What anybody can get of the same architecture.
         task: What it is for.
         tuned: The rows that he tuned it on.
         owner: Rows of his that he did not tune it on.
         clients: Their rows.
         test: The owner's test set.
         plan: Of FedAvg and other schemes of many rounds.
+        tuning: How he tuned it.
     """
 
     base: nn.Module
-    public: nn.Module | None
+    public: nn.Module
     task: Task
     tuned: Prepared
     owner: Prepared
     clients: Mapping[str, Prepared]
     test: Prepared
     plan: Plan
+    tuning: Training
 
 
 def bbc(seed: int) -> Scene:
@@ -84,30 +86,39 @@ def bbc(seed: int) -> Scene:
     plan = Plan(setting.rounds, setting.clients_per_round, setting.training)
     return Scene(
         scene.base, scene.public, scene.task, scene.tuned, scene.owner, scene.clients, scene.test,
-        plan,
+        plan, setting.owner_training,
     )  # fmt: skip
 
 
 def digits(seed: int) -> Scene:
-    """A small convolutional network, trained on 200 handwritten digits of MNIST; none is public."""
+    """A small convolutional network, trained on 100 handwritten digits of MNIST.
+
+    Nothing like it is public; what anybody can have is a random initialization.
+    """
     rows = mnist_5k().shuffle(seed=seed)
-    test, owner = rows.select(range(1000)), rows.select(range(1000, 1200))
+    test = rows.select(range(1000))
     clients = partition(
         rows.select(range(2000, 2500)), 10, how="dirichlet", alpha=0.2, min_size=20, seed=seed
     )
     task = ImageClassification(num_labels=10)
+    tuned, owner = (task.prepare(rows.select(range(at, at + 100))) for at in (1000, 1100))
+    model, tuning = _network(seed), Training(steps=300, batch_size=16, learning_rate=1e-3)
+    Trainer(task, tuned, tuning).train(model, seed=seed)
+    training = Training(steps=40, batch_size=16, learning_rate=1e-3)
+    prepared = {name: task.prepare(data) for name, data in clients.items()}
+    return Scene(
+        model, _network(seed + 1000), task, tuned, owner, prepared, task.prepare(test),
+        Plan(5, 8, training), tuning,
+    )  # fmt: skip
+
+
+def _network(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.ReLU(),
         nn.Conv2d(16, 32, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten(),
         nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10),
     )  # fmt: skip
-    tuning = Training(steps=100, batch_size=16, learning_rate=1e-3)
-    Trainer(task, owner, tuning).train(model, seed=seed)
-    training = Training(steps=40, batch_size=16, learning_rate=1e-3)
-    prepared = {name: task.prepare(data) for name, data in clients.items()}
-    own = task.prepare(owner)
-    return Scene(model, None, task, own, own, prepared, task.prepare(test), Plan(5, 8, training))
 
 
 def newsgroups(seed: int) -> Scene:
@@ -127,11 +138,13 @@ def newsgroups(seed: int) -> Scene:
     public = copy.deepcopy(model)
     training = Training(steps=12, batch_size=16, learning_rate=6e-4, frozen=("*.embeddings.*",))
     tuned, owner = (task.prepare(rows.select(range(at, at + 100))) for at in (0, 100))
-    Trainer(task, tuned, replace(training, steps=30)).train(model, seed=seed)
+    tuning = replace(training, steps=30)
+    Trainer(task, tuned, tuning).train(model, seed=seed)
     prepared = {name: task.prepare(data) for name, data in clients.items()}
     return Scene(
-        model, public, task, tuned, owner, prepared, task.prepare(test), Plan(5, 6, training)
-    )
+        model, public, task, tuned, owner, prepared, task.prepare(test), Plan(5, 6, training),
+        tuning,
+    )  # fmt: skip
 
 
 def twenty_newsgroups(part: str) -> datasets.Dataset:
@@ -164,8 +177,9 @@ def headlines(seed: int) -> Scene:
         task.prepare(rows.select(range(len(rows) - end, len(rows) - end + 24))) for end in (24, 48)
     )
     training = Training(steps=4, batch_size=4, learning_rate=2e-3)
-    Trainer(task, tuned, replace(training, steps=8)).train(model, seed=seed)
-    return Scene(model, public, task, tuned, owner, clients, test, Plan(3, 10, training))
+    tuning = replace(training, steps=8)
+    Trainer(task, tuned, tuning).train(model, seed=seed)
+    return Scene(model, public, task, tuned, owner, clients, test, Plan(3, 10, training), tuning)
 
 
 SCENES: Mapping[str, Callable[[int], Scene]] = {

@@ -17,7 +17,7 @@ from fedveil.errors import (
     UnknownArchitectureError,
     WireError,
 )
-from fedveil.federation import Federation, Result
+from fedveil.federation import Federation, Result, Tuning
 from fedveil.merging import MergeStatistics, merge, statistics_of
 from fedveil.schemes import FedAvg, FedLPP, FedQSN, Scheme
 from fedveil.secret import Secret
@@ -56,6 +56,7 @@ __all__ = [
     "TextClassification",
     "Training",
     "TrainingError",
+    "Tuning",
     "UnknownArchitectureError",
     "WireError",
     "__version__",

@@ -110,6 +110,31 @@ def test_one_key_needs_the_other(home, model, data, lacking):
     assert lacking in str(caught.value)
 
 
+TUNED = f'{MINE}\ntuned = "tuned.json"\n[tuning]\nsteps = 3\nbatch_size = 4'
+
+
+def test_the_owners_tuning_is_repeated(home):
+    (home / "tuned.json").write_text(json.dumps(toys.texts(12, seed=5)))
+    federation = build(config_of(home, 'public = "public"', TUNED))
+    configuration = federation.configuration()
+    assert (configuration["tuned"], configuration["tuning"]["steps"]) == (12, 3)
+    assert 0 <= federation.run().rounds[0].metrics["tuned"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "said"),
+    [
+        ('public = "public"', TUNED.replace("[tuning]\nsteps = 3\nbatch_size = 4", ""), "[tuning]"),
+        ('public = "public"', TUNED.replace('tuned = "tuned.json"', ""), "[data] tuned"),
+        ("", TUNED.replace(MINE, ""), "repeated on what clients teach a public model"),
+    ],
+)
+def test_rows_and_settings_of_tuning_belong_together_and_to_a_public_model(home, model, data, said):
+    with pytest.raises(ConfigurationError) as caught:
+        config_of(home, model, data)
+    assert said in str(caught.value)
+
+
 def test_an_adapter_of_ones_own_is_refused(home):
     with pytest.raises(ConfigurationError, match="An adapter of your own is not the public"):
         config_of(home, 'public = "public"\nadapter = "mine"', MINE)
@@ -126,13 +151,17 @@ def test_another_architecture_is_refused(home):
 
 def test_a_dry_run_makes_up_both_models_and_the_owners_rows(home, tmp_path):
     text = CONFIG.format(
-        model='public = "somebody/bert"', data='owner = "somebody/rows"', scheme="server_mask = 0"
-    )
+        model='public = "somebody/bert"', data=TUNED.replace("mine.json", "somebody/rows"),
+        scheme="server_mask = 0",
+    )  # fmt: skip
+    (home / "tuned.json").write_text(json.dumps(toys.texts(40, seed=5)))
     (home / "f.toml").write_text(text.replace('name = "own"', 'name = "somebody/bert-tuned"'))
     small = rehearse(load_config(home / "f.toml"), tmp_path / "small").config
     federation = build(small)
     assert toys.same(toys.weights(federation.model), toys.weights(federation.released))
-    assert federation.configuration()["owner"] == 24
+    configuration = federation.configuration()
+    assert (configuration["owner"], configuration["tuned"]) == (24, 24)
+    assert configuration["tuning"]["steps"] < 3
     federation.run()
 
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import toys
-from fedveil.schemes import FedAvg
+from fedveil.schemes import FedAvg, FedQSN
 from fedveil.state import read_state
 from fedveil.training import ImageClassification, Training
 
 HOME = Path(__file__).parents[2]
 FOLDERS = (HOME / "publications" / "fedqsn", HOME / "benchmarks")
-NAMES = ("results", "tried", "recipes", "scenes", "tables", "run", "leads")
+NAMES = ("results", "tried", "recipes", "scenes", "pool", "tables", "run", "leads")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,9 @@ def scene(modules):
     data = {f"c{number}": task.prepare(toys.rows(8, number)) for number in range(10)}
     plan = modules["scenes"].Plan(2, 5, Training(steps=2, batch_size=4, learning_rate=0.05))
     own, test = task.prepare(toys.rows(12, 50)), task.prepare(toys.rows(40, 60))
-    return modules["scenes"].Scene(toys.mlp(1), toys.mlp(0), task, own, own, data, test, plan)
+    return modules["scenes"].Scene(
+        toys.mlp(1), toys.mlp(0), task, own, own, data, test, plan, plan.training
+    )
 
 
 def released(scheme, rounds=2):
@@ -82,8 +85,79 @@ class TestTried:
             torch.testing.assert_close(one, again, atol=1e-5, rtol=1e-4)
             assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.2
 
+    def test_a_ternary_matrix_has_three_values(self, modules):
+        base = read_state(toys.mlp())
+        for name, tensor in released(modules["tried"].Ternary())["a", 1].items():
+            if tensor.ndim > 1:
+                scale = float(base[name].abs().mean())
+                assert sorted(set(tensor.flatten().tolist())) == pytest.approx([-scale, 0, scale])
+                assert float((tensor - base[name]).abs().mean()) < scale
+            else:
+                assert torch.equal(tensor, base[name])
 
-@pytest.mark.parametrize("name", ["FedAvg", "public", "once, 20 %", "noise of 1"])
+    def test_a_layer_that_is_held_is_another_for_clients_and_stays_for_the_owner(self, modules):
+        base, scheme = read_state(toys.mlp()), modules["tried"].Held(layers=("1.*",))
+        sent = released(scheme)
+        held = {name for name in base if name.startswith("1.")}
+        for name in base:
+            one, other, later = sent["a", 1][name], sent["b", 1][name], sent["a", 2][name]
+            assert torch.equal(one, other)
+            assert torch.equal(one, base[name]) == (name not in held)
+            assert torch.equal(one, later) == (name in held)
+        server = scheme.server(toys.mlp(), toys.SECRET)
+        server.begin_round(1)
+        reply = toys.reply_of(scheme, server.release("a"), toys.bare(toys.mlp()), toys.Nudge(1))
+        server.absorb("a", reply, 1.0)
+        server.end_round()
+        same = {name for name, tensor in server.final().items() if torch.equal(tensor, base[name])}
+        assert same == held
+
+    def test_masks_that_rise_with_depth(self, modules):
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(16, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(),
+            nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 3),
+        )  # fmt: skip
+        scheme = modules["tried"].Deepening.once(server_mask=0.2)
+        server = scheme.server(model, toys.SECRET)
+        kept = [len(units) for units in server._masks.server().values()]
+        assert kept == [50, 40, 30]
+        server.begin_round(1)
+        assert server.release("a").nbytes < _plain_bytes(model)
+
+    @pytest.mark.parametrize("name", ["momentum", "adam"])
+    def test_a_server_with_an_optimizer_follows_the_mean_update(self, modules, name):
+        models = {}
+        for scheme in (FedQSN(), modules["tried"].WithOptimizer(optimizer=name)):
+            server = scheme.server(toys.mlp(), toys.SECRET)
+            for number in (1, 2):
+                server.begin_round(number)
+                message = server.release("a")
+                reply = toys.reply_of(scheme, message, toys.bare(toys.mlp()), toys.Nudge(3, 0.05))
+                server.absorb("a", reply, 1.0)
+                server.end_round()
+                models[type(scheme).__name__, number] = server.final()
+        base = read_state(toys.mlp())
+        for key in base:
+            plain = [models["FedQSN", number][key] - base[key] for number in (1, 2)]
+            mine = [models["WithOptimizer", number][key] - base[key] for number in (1, 2)]
+            if name == "momentum":
+                torch.testing.assert_close(mine[0], plain[0])
+            elif plain[0].abs().max() > 0.01:
+                assert float(mine[0].abs().max()) <= 0.0101
+            moved = plain[0] != 0
+            assert torch.equal(mine[0][moved].sign(), plain[0][moved].sign())
+            assert plain[1].norm() == 0 or mine[1].norm() > mine[0].norm()
+
+
+def _plain_bytes(model):
+    server = FedQSN.once(server_mask=0.0).server(model, toys.SECRET)
+    server.begin_round(1)
+    return server.release("a").nbytes
+
+
+@pytest.mark.parametrize(
+    "name", ["FedAvg", "public", "public, tuned again", "once, 20 %", "noise of 1"]
+)
 def test_a_recipe_runs_and_its_figures_are_those_of_its_attacks(modules, scene, name):
     recipes = {**modules["recipes"].recipes_of("bbc"), **modules["recipes"].recipes_of("digits")}
     found = modules["run"].run(scene, recipes[name], 0, full=False)

@@ -14,7 +14,7 @@ from fedveil.engine import Observer
 from fedveil.engine.in_process import Workplace
 from fedveil.engine.memory import ClientFiles
 from fedveil.errors import ConfigurationError
-from fedveil.federation import Federation, Remote
+from fedveil.federation import Federation, Remote, Tuning
 from fedveil.secret import Secret
 from fedveil.state import architecture_of
 from fedveil.training import (
@@ -25,6 +25,7 @@ from fedveil.training import (
     Task,
     TextClassification,
     Trainer,
+    Training,
     answer,
 )
 from fedveil.training.modes import on_device
@@ -72,6 +73,7 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
         scheme=config.scheme,
         public=public,
         owner=rows.owner,
+        tuning=None if rows.tuned is None else Tuning(rows.tuned, config.tuning or Training()),
         fresh=fresh,
         training=config.training,
         test=rows.test,

@@ -39,6 +39,7 @@ _TABLES = (
     "partners",
     "scheme",
     "training",
+    "tuning",
     "evaluation",
     "generation",
     "federation",
@@ -63,6 +64,7 @@ class Config:
         scheme: The method.
         scheme_name: What to call it in reports: its name, and its preset if one was chosen.
         training: How clients train.
+        tuning: How the owner tuned his model, which he repeats on what clients taught; or None.
         evaluation: What is measured.
         generation: How the tuned model answers the test set's prompts; None if it is not asked.
         federation: The run.
@@ -78,6 +80,7 @@ class Config:
     scheme: Scheme
     scheme_name: str
     training: Training
+    tuning: Training | None
     evaluation: Evaluation
     generation: Generation | None
     federation: FederationTable
@@ -154,6 +157,7 @@ def load_config(path: str | Path) -> Config:
         scheme=scheme,
         scheme_name=scheme_name,
         training=_read_settings(Training, "training", tables["training"], problems),
+        tuning=_read_tuning(raw, tables, problems),
         evaluation=_read_settings(Evaluation, "evaluation", tables["evaluation"], problems),
         generation=_read_generation(raw, data, problems),
         federation=_read(FederationTable, "federation", tables["federation"], problems),
@@ -264,6 +268,26 @@ def _read_generation(raw: Mapping[str, Any], data: DataTable | None, problems: P
     elif data is not None and data.test is None:
         problems.add("There is nothing to answer", "generation", fix="Name a `test` in [data].")
     return _read_settings(Generation, "generation", fields, problems)
+
+
+def _read_tuning(
+    raw: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]], problems: Problems
+) -> Any:
+    """The table [tuning], which belongs to `tuned` in [data] and to a public model."""
+    given, has_rows = "tuning" in raw, "tuned" in tables["data"]
+    if given != has_rows:
+        problems.add(
+            "A key is missing" if given else "A table is missing",
+            *(("data", "tuned") if given else ("tuning",)),
+            expected="`tuned` in [data] and a table [tuning], both or neither",
+            fix="They say on which rows the owner's model was tuned, and how.",
+        )
+    elif given and "public" not in tables["model"]:
+        problems.add(
+            "The owner's tuning is repeated on what clients teach a public model", "tuning",
+            fix="Name `public` in [model], or leave [tuning] and `tuned` out.",
+        )  # fmt: skip
+    return _read_settings(Training, "tuning", tables["tuning"], problems) if given else None
 
 
 def _read_clients(values: Mapping[str, Any], problems: Problems) -> dict[str, str]:

@@ -16,6 +16,7 @@ from fedveil.config.sources import is_file, load_source
 from fedveil.config.tables import DataTable, is_function
 from fedveil.data.library import quiet
 from fedveil.errors import ConfigurationError
+from fedveil.training import Training
 from fedveil.training.templates import columns_of
 
 __all__ = ["Rehearsal", "rehearse"]
@@ -103,9 +104,7 @@ def rehearse(config: Config, folder: Path) -> Rehearsal:
 
 def _small_numbers(config: Config, folder: Path) -> Config:
     """Rounds, steps and clients as few as show that they work."""
-    training, generation, partition = config.training, config.generation, config.partition
-    batch = min(_BATCH, training.batch_size)
-    pieces = min(batch, training.gradient_accumulation_steps)
+    generation, partition = config.generation, config.partition
     if generation is not None:
         settings = {**generation.settings, "max_new_tokens": 4}
         generation = dataclasses.replace(generation, rows=2, settings=settings)
@@ -127,14 +126,21 @@ def _small_numbers(config: Config, folder: Path) -> Config:
     )
     return dataclasses.replace(
         config,
-        training=dataclasses.replace(
-            training, steps=_STEPS, epochs=None, batch_size=batch,
-            gradient_accumulation_steps=pieces, device=None,
-        ),
+        training=_short(config.training),
+        tuning=None if config.tuning is None else _short(config.tuning),
         evaluation=dataclasses.replace(config.evaluation, proxies=1),
         generation=generation,
         partition=partition,
         federation=federation,
+    )  # fmt: skip
+
+
+def _short(training: Training) -> Training:
+    batch = min(_BATCH, training.batch_size)
+    pieces = min(batch, training.gradient_accumulation_steps)
+    return dataclasses.replace(
+        training, steps=_STEPS, epochs=None, batch_size=batch, gradient_accumulation_steps=pieces,
+        device=None,
     )  # fmt: skip
 
 
@@ -173,8 +179,8 @@ def _write_rows(config: Config, folder: Path) -> _Rows:
         clients = dict.fromkeys(config.partners.names)
     table: dict[str, Any] = dict.fromkeys(
         (
-            "train_split", "test_split", "owner_split", "train_limit", "test_limit", "owner_limit",
-            "variant", "revision",
+            "train_split", "test_split", "owner_split", "tuned_split", "train_limit", "test_limit",
+            "owner_limit", "tuned_limit", "variant", "revision",
         )
     )  # fmt: skip
     if not clients:
@@ -187,6 +193,8 @@ def _write_rows(config: Config, folder: Path) -> _Rows:
         table["test"] = write(data.test, data.test_split, "test")
     if data.owner is not None:
         table["owner"] = write(data.owner, data.owner_split, "owner")
+    if data.tuned is not None:
+        table["tuned"] = write(data.tuned, data.tuned_split, "tuned")
     if not made_up:
         return _Rows(table, files, f"the first {_ROWS} rows of each file")
     return _Rows(table, files, f"made up rows in place of {', '.join(dict.fromkeys(made_up))}")
@@ -194,7 +202,7 @@ def _write_rows(config: Config, folder: Path) -> _Rows:
 
 def _all_files(config: Config) -> bool:
     data = config.data
-    named = (data.train, data.test, data.owner)
+    named = (data.train, data.test, data.owner, data.tuned)
     sources = [*config.clients.values(), *(source for source in named if source is not None)]
     return config.partners is None and all(is_file(config, source) for source in sources)
 

@@ -18,6 +18,7 @@ __all__ = ["Rows", "is_file", "load_rows", "load_source", "load_test"]
 
 _SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 _TRAIN, _TEST, _OWNER = "the training set", "the test set", "the owner's data"
+_TUNED = "the rows of the owner's tuning"
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Rows:
         clients: Rows by client; none of clients on other machines.
         test: The owner's test set, or None.
         owner: The owner's own rows, or None.
+        tuned: The rows that his model was tuned on, or None.
         names: Class names in order; none for language models.
     """
 
     clients: Mapping[str, datasets.Dataset]
     test: datasets.Dataset | None
     owner: datasets.Dataset | None
+    tuned: datasets.Dataset | None
     names: list[str]
 
 
@@ -62,7 +65,11 @@ def load_rows(config: Config) -> Rows:
             )
             for name, file in files.items()
         }
-    lent = {_TEST: load_test(config), _OWNER: _load_owner(config)}
+    lent = {
+        _TEST: load_test(config),
+        _OWNER: _load_own(config, data.owner, data.owner_split, data.owner_limit),
+        _TUNED: _load_own(config, data.tuned, data.tuned_split, data.tuned_limit),
+    }
     names, encoded = [], parts
     if data.has_classes:
         names = data.labels or _class_names(parts, data.label, config.model.num_labels)
@@ -75,7 +82,7 @@ def load_rows(config: Config) -> Rows:
         clients: Mapping[str, datasets.Dataset] = dict(zip(files, encoded.values(), strict=True))
     else:
         clients = _divide(config, encoded[_TRAIN])
-    return Rows(clients, lent[_TEST], lent[_OWNER], names)
+    return Rows(clients, lent[_TEST], lent[_OWNER], lent[_TUNED], names)
 
 
 def load_test(config: Config) -> datasets.Dataset | None:
@@ -85,19 +92,15 @@ def load_test(config: Config) -> datasets.Dataset | None:
         FedveilError: It cannot be found.
     """
     data = config.data
-    if data.test is None:
-        return None
-    return _draw(
-        load_source(config, data.test, data.test_split), data.test_limit, config.federation.seed
-    )
+    return _load_own(config, data.test, data.test_split, data.test_limit)
 
 
-def _load_owner(config: Config) -> datasets.Dataset | None:
-    data = config.data
-    if data.owner is None:
+def _load_own(
+    config: Config, source: str | None, split: str | None, limit: int | None
+) -> datasets.Dataset | None:
+    if source is None:
         return None
-    rows = load_source(config, data.owner, data.owner_split)
-    return _draw(rows, data.owner_limit, config.federation.seed)
+    return _draw(load_source(config, source, split), limit, config.federation.seed)
 
 
 def is_file(config: Config, source: str) -> bool:

@@ -80,6 +80,9 @@ class DataTable(Table):
             his model is to learn.
         owner_split: Split of a hub data set.
         owner_limit: Use at most this many rows, drawn at random.
+        tuned: File or hub name of the rows that the owner's model was tuned on, with [tuning].
+        tuned_split: Split of a hub data set.
+        tuned_limit: Use at most this many rows, drawn at random.
         variant: Variant of a hub data set, such as "sst2" of "nyu-mll/glue".
         revision: Branch, tag or commit of a hub data set. Sets that are made by a program can be
             read from "refs/convert/parquet" only.
@@ -111,6 +114,9 @@ class DataTable(Table):
     owner: Word | None = None
     owner_split: Word | None = None
     owner_limit: AtLeastOne | None = None
+    tuned: Word | None = None
+    tuned_split: Word | None = None
+    tuned_limit: AtLeastOne | None = None
     variant: Word | None = None
     revision: Word | None = None
     text: Word = "text"

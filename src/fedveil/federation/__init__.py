@@ -2,5 +2,6 @@
 
 from fedveil.federation.clients import Remote
 from fedveil.federation.facade import Federation, Result
+from fedveil.federation.owner import Tuning
 
-__all__ = ["Federation", "Remote", "Result"]
+__all__ = ["Federation", "Remote", "Result", "Tuning"]

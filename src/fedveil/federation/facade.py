@@ -19,7 +19,7 @@ from fedveil.engine.memory import ClientFiles
 from fedveil.engine.rounds import clear
 from fedveil.errors import AuditError, ConfigurationError
 from fedveil.federation.clients import Remote, Rows, check_names, name_clients, prepared, trainer_of
-from fedveil.federation.judge import Judge
+from fedveil.federation.owner import Judge, Tuner, Tuning
 from fedveil.federation.settings import check_count, check_keeping, check_limit
 from fedveil.schemes import FedQSN, Scheme, ServerSide, Transfer, check_public
 from fedveil.secret import Secret
@@ -31,7 +31,7 @@ from fedveil.state import (
     read_state,
     with_state,
 )
-from fedveil.training import Prepared, Task, Training
+from fedveil.training import Prepared, Task, Trainer, Training
 
 __all__ = ["Federation", "Result"]
 
@@ -87,6 +87,10 @@ class Federation:
             the model itself.
         owner: With ``public``, the owner's own data: they say how much the model is to learn. Best
             are rows that it was not tuned on; some dozens are enough.
+        tuning: With ``public``, what the model was made of it with, if the owner can repeat that:
+            the server does so on what clients taught, and the rows of ``owner`` say what is better.
+            Then ``public`` may be any model of the architecture, as a random initialization where
+            nothing better is public.
         fresh: With ``public``, patterns of what the model did not begin with as it is there: a new
             head, such as "classifier.*". Best is a public model with the very head that the owner's
             began with, and no pattern.
@@ -138,6 +142,7 @@ class Federation:
         scheme: Scheme | None = None,
         public: nn.Module | None = None,
         owner: Rows | None = None,
+        tuning: Tuning | None = None,
         fresh: Sequence[str] = (),
         training: Training | None = None,
         test: Rows | None = None,
@@ -180,8 +185,13 @@ class Federation:
             name: trainer_of(name, task, data, self.training) for name, data in named.items()
         }
         self._public, self._owner, self._fresh = None, None, tuple(fresh)
-        if public is not None or owner is not None or fresh:
+        self._tuning: Trainer | None = None
+        if public is not None or owner is not None or fresh or tuning is not None:
             self._public, self._owner = self._read_public(public, owner, copy=copy)
+        if tuning is not None:
+            rows = prepared("the rows of the owner's tuning", task, tuning.rows)
+            self._tuning = Trainer(task, rows, tuning.training)
+            self._tuning.trainable(self._architecture())  # says now what it cannot train
         self._server()  # says now what it cannot work with
         self._is_own, self._fingerprint = copy, fingerprint(self._model)
 
@@ -346,8 +356,12 @@ class Federation:
     def _transferred(self) -> dict[str, Any]:
         if self._public is None or self._owner is None:
             return {}
+        # Only where they are set: earlier versions did not know them.
         fresh = {"fresh": [*self._fresh]} if self._fresh else {}
-        return {"public": fingerprint(self._public), "owner": len(self._owner), **fresh}
+        tuning = {}
+        if self._tuning is not None:
+            tuning = {"tuning": asdict(self._tuning.training), "tuned": self._tuning.examples}
+        return {"public": fingerprint(self._public), "owner": len(self._owner), **fresh, **tuning}
 
     def _read_public(
         self, public: nn.Module | None, owner: Rows | None, *, copy: bool
@@ -366,8 +380,12 @@ class Federation:
     def _server(self) -> ServerSide:
         if self._public is None or self._owner is None:
             return self.scheme.server(self._model, self._secret)
-        judge = Judge(self._architecture, self._task, self._owner, self.training.device)
-        return Transfer(self.scheme, self._public, self._model, self._secret, judge, self._fresh)
+        make = self._architecture
+        judge = Judge(make, self._task, self._owner, self.training.device)
+        tune = None if self._tuning is None else Tuner(make, self._tuning, self._seed)
+        return Transfer(
+            self.scheme, self._public, self._model, self._secret, judge, self._fresh, tune
+        )
 
     def _in_process(self, memories: ClientFiles | None) -> AbstractContextManager[Crew]:
         return workers(replace(self.workplace(), memories=memories), self._workers)

@@ -140,6 +140,8 @@ def _reached(measures: Mapping[str, float]) -> str:
 
 def _taken(metrics: Mapping[str, float]) -> str:
     """What the owner's model is made of, where clients train a public one."""
+    if metrics.get("tuned"):
+        return f"made of what clients taught + {metrics['tuned']:g} x the owner's tuning of that"
     if not metrics["taught"]:
         return "nothing taken over, as the base is best on the owner's rows"
     own, taught = metrics["own"], metrics["taught"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from fedveil.errors import ConfigurationError
+from fedveil.errors import ConfigurationError, TrainingError
 from fedveil.schemes.base import Metrics, Scheme, ServerSide, ServerState
 from fedveil.secret import Secret
 from fedveil.state import StateDict, read_state
@@ -21,11 +22,20 @@ __all__ = ["Transfer", "check_public"]
 Judge = Callable[[StateDict], float]
 """The loss of a model on the owner's data, in nats: less is better."""
 
+Tune = Callable[[StateDict], StateDict]
+"""Trains a model as the owner's was, on the same data. What it is given stays as it is."""
+
 COEFFICIENTS = (
     (1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.75, 1.0), (0.5, 1.0), (0.25, 1.0), (0.0, 1.0),
     (0.75, 0.75), (0.5, 0.5), (0.3, 0.7),
 )  # fmt: skip
 """How much of the owner's task vector, and of the clients', is tried. The first is his base."""
+
+STRETCHES = (0.25, 0.5, 0.75, 1.0)
+"""How far of the way that tuning takes what was taught is tried (WiSE-FT; 2109.01903)."""
+
+_TUNED = "tuned."
+"""Before names in a checkpoint."""
 
 
 class Transfer:
@@ -38,6 +48,11 @@ class Transfer:
     pair has the least loss on the owner's data: where clients have taught what B knows already, the
     sum of both would go too far, and where they have taught nothing, B stays as it is. No byte of a
     release depends on B.
+
+    Whoever can repeat what he made B with, may do so on what was taught: P_t becomes T by the same
+    training on the same data, and the models on the way, ``P_t + c (T - P_t)`` with c of
+    `STRETCHES`, are judged beside the sums. P need not have anything to do with B then: if nothing
+    like B is public, a random initialization will do.
 
     A head that B did not begin with (a new one, drawn at random) is no part of what both models
     have in common: it is fresh, and taken whole, ``a B + b P_t``, so that both heads answer.
@@ -55,6 +70,7 @@ class Transfer:
             much.
         fresh: Patterns (as in the shell) of tensors that the owner's model did not begin with as
             they are in the public one, such as "classifier.*".
+        tune: What repeats the owner's training, at the end of each round; None if he cannot.
 
     Raises:
         ConfigurationError: The scheme cannot work with the public model, or a pattern matches none
@@ -69,11 +85,14 @@ class Transfer:
         secret: Secret,
         judge: Judge,
         fresh: Sequence[str] = (),
+        tune: Tune | None = None,
     ) -> None:
         self._inside: ServerSide = scheme.server(public, secret)
         self._public, self._own = scheme.tensors(public), scheme.tensors(own)
         self._judge, self._fresh = judge, _matching(fresh, self._public)
-        self._chosen = COEFFICIENTS[0]
+        self._tune = tune
+        self._chosen: tuple[float, float] = COEFFICIENTS[0]
+        self._stretch, self._tuned = 0.0, dict[str, Tensor]()
 
     def begin_round(self, number: int) -> None:
         """See :class:`~fedveil.schemes.base.ServerSide`."""
@@ -88,15 +107,38 @@ class Transfer:
         self._inside.absorb(client, reply, weight)
 
     def end_round(self) -> Metrics:
-        """Choose how much of both task vectors to take, too: ``own`` and ``taught``."""
+        """Choose what the owner's model is made of: ``own``, ``taught`` and perhaps ``tuned``."""
         metrics = self._inside.end_round()
         losses = {pair: self._judge(self._at(*pair)) for pair in COEFFICIENTS}
         self._chosen = min(COEFFICIENTS, key=losses.__getitem__)
+        tuned: Metrics = {}
+        if self._tune is not None:
+            tuned = {"tuned": self._choose_stretch(self._tune, losses[self._chosen])}
         own, taught = self._chosen
-        return {**metrics, "own": own, "taught": taught}
+        return {**metrics, "own": own, "taught": taught, **tuned}
+
+    def _choose_stretch(self, tune: Tune, least: float) -> float:
+        """How far to go towards what tuning makes of what was taught; 0 if a sum has less loss."""
+        self._stretch, self._tuned = 0.0, {}
+        begun = self._at(0.0, 1.0)
+        try:
+            end = tune(begun)
+        except TrainingError as error:  # what clients did in this round must not be lost with it
+            warnings.warn(f"The owner's tuning failed, and is left out: {error}", stacklevel=2)
+            return 0.0
+        for stretch in STRETCHES:
+            state = _on_the_way(begun, end, stretch)
+            loss = self._judge(state)
+            if loss < least:
+                least, self._stretch, self._tuned = loss, stretch, state
+        if self._stretch:
+            self._chosen = (0.0, 1.0)
+        return self._stretch
 
     def final(self) -> StateDict:
         """The owner's model with what was taught, in the dtypes he brought."""
+        if self._stretch:
+            return {name: tensor.clone() for name, tensor in self._tuned.items()}
         return self._at(*self._chosen)
 
     @torch.no_grad()
@@ -130,15 +172,31 @@ class Transfer:
         return self.final()
 
     def state(self) -> ServerState:
-        """That of the server side inside, and the pair that was chosen."""
+        """That of the server side inside, and what was chosen: a pair, or a tuned model."""
         state = self._inside.state()
-        return ServerState(state.tensors, {**state.values, "coefficients": list(self._chosen)})
+        tuned = {_TUNED + name: tensor for name, tensor in self._tuned.items()}
+        values = {**state.values, "coefficients": [*self._chosen], "stretch": self._stretch}
+        return ServerState({**state.tensors, **tuned}, values)
 
     def restore(self, state: ServerState) -> None:
         """See :class:`~fedveil.schemes.base.ServerSide`."""
         own, taught = state.values["coefficients"]
-        self._inside.restore(state)
-        self._chosen = (float(own), float(taught))
+        stretch = float(state.values.get("stretch", 0.0))
+        tuned = {name for name in state.tensors if stretch and name.startswith(_TUNED)}
+        inside = {name: state.tensors[name] for name in state.tensors if name not in tuned}
+        self._inside.restore(ServerState(inside, state.values))
+        self._chosen, self._stretch = (float(own), float(taught)), stretch
+        self._tuned = {name.removeprefix(_TUNED): state.tensors[name].clone() for name in tuned}
+
+
+@torch.no_grad()
+def _on_the_way(begun: StateDict, end: StateDict, stretch: float) -> StateDict:
+    return {
+        name: torch.lerp(begun[name].float(), tensor.float(), stretch).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor.clone()
+        for name, tensor in end.items()
+    }
 
 
 def _between(
