@@ -189,9 +189,10 @@ def main() -> None:
     results = Results(options.out)
     leads = [
         Lead(name, seed, way)
-        for seed in options.seeds
+        for way in (*TRAININGS, *HEADS)
         for name in options.scenes
-        for way in WAYS[name]
+        for seed in options.seeds
+        if way in WAYS[name]
     ]
     run_missing(results, leads, processes=options.processes, told=str)
     for name in results.names():

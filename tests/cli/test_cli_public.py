@@ -110,6 +110,30 @@ def test_one_key_needs_the_other(home, model, data, lacking):
     assert lacking in str(caught.value)
 
 
+def test_a_random_initialization_has_nothing_of_the_owners_weights(home):
+    federation = build(config_of(home, 'public = "random"', MINE))
+    mine, drawn = toys.weights(federation.model), toys.weights(federation.released)
+    assert mine.keys() == drawn.keys()
+    matrices = [name for name, tensor in mine.items() if tensor.ndim > 1]
+    for name in matrices:
+        pair = torch.stack([mine[name].flatten(), drawn[name].flatten()])
+        # Rows of padding are zeros in every initialization.
+        assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.3
+    assert len(matrices) > 5
+    again = build(config_of(home, 'public = "random"', MINE))
+    assert toys.same(toys.weights(again.released), drawn)
+    federation.run()
+
+
+def test_a_function_may_read_weights_and_is_not_called_for_random_ones(home):
+    (home / "making.py").write_text("import toys\n\n\ndef model():\n    return toys.bert()\n")
+    config_of(home, 'public = "random"', MINE)
+    text = (home / "f.toml").read_text().replace('name = "own"', 'name = "making:model"')
+    (home / "f.toml").write_text(text.replace("[data]", 'tokenizer = "own"\n[data]'))
+    with pytest.raises(ConfigurationError, match="whether that function reads"):
+        build(load_config(home / "f.toml"))
+
+
 TUNED = f'{MINE}\ntuned = "tuned.json"\n[tuning]\nsteps = 3\nbatch_size = 4'
 
 

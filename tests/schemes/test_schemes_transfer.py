@@ -1,6 +1,7 @@
 """A public model is released in the place of the owner's, to which what it is taught is added."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -278,11 +279,12 @@ class TestTheOwnerRepeatsHisTuning:
     def test_from_what_has_nothing_to_do_with_his_model(self):
         rows, training = toys.rows(60, seed=9), toys.Training(30, batch_size=4, learning_rate=0.05)
         own = toys.mlp(3)
-        Trainer(ImageClassification(num_labels=3), rows, training).train(own, seed=1)
+        short = replace(training, steps=4)
+        Trainer(ImageClassification(num_labels=3), rows, short).train(own, seed=1)
         runs = {
             name: toys.federation(
                 own, public=toys.mlp(5), owner=toys.rows(30, seed=10), scheme=ONCE,
-                training=training, test=toys.rows(90, seed=8), **more,
+                training=short, test=toys.rows(90, seed=8), **more,
             ).run()
             for name, more in {"sums": {}, "tuned": {"tuning": Tuning(rows, training)}}.items()
         }  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fedveil.config.tables import ModelTable, is_function
+from fedveil.config.tables import RANDOM, ModelTable, is_function
 from fedveil.data.library import library, quiet_transformers
 from fedveil.errors import ConfigurationError, FedveilError
 
@@ -77,10 +77,21 @@ def load_public(
 
     Raises:
         FedveilError: As :func:`load_model`.
+        ConfigurationError: Of a model that a function makes, which may read weights, there is no
+            random initialization.
     """
     assert table.public is not None
-    table = table.model_copy(update={"name": table.public, "new_head": True})
-    return _load(table, task, names, folder, seed, weights=True)
+    drawn = table.public == RANDOM
+    if drawn and is_function(table.name):
+        raise ConfigurationError(
+            "Nobody here knows whether that function reads the owner's weights",
+            expected='a function that draws them at random, as public = "module:function"',
+            found=f'public = "{RANDOM}" with name = "{table.name}"',
+            where="[model] public",
+        )
+    name = table.name if drawn else table.public
+    table = table.model_copy(update={"name": name, "new_head": True})
+    return _load(table, task, names, folder, seed, weights=not drawn)
 
 
 def _load(

@@ -26,6 +26,9 @@ __all__ = [
 NONE = "none"
 """How a file says None, for which TOML has no word."""
 
+RANDOM = "random"
+"""A public model of the owner's architecture with weights that anybody can draw."""
+
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -46,7 +49,8 @@ class ModelTable(Table):
     Attributes:
         name: A folder, a name on the hub, or "module:function" that returns an nn.Module.
         public: What it was fine-tuned from, if anybody can get that: named likewise, and released
-            in its place. Its head is new, unless it has one of the same size.
+            in its place. Its head is new, unless it has one of the same size. "random" is a random
+            initialization of the same architecture.
         num_labels: Number of classes; by default as many as the data have.
         tokenizer: A folder or hub name, if it is not the model's.
         dtype: What the weights are loaded as.

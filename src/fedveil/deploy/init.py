@@ -19,7 +19,7 @@ from torch import nn
 from fedveil.config import Config, build, open_secret
 from fedveil.config.building import tokenizer_name
 from fedveil.config.models import load_tokenizer, quiet_transformers
-from fedveil.config.tables import is_function
+from fedveil.config.tables import RANDOM, is_function
 from fedveil.deploy.files import write_program, write_public
 from fedveil.deploy.keys import write_certificates, write_node_key
 from fedveil.errors import ConfigurationError
@@ -159,7 +159,8 @@ def _write_partner(
 
 def _released(config: Config) -> str:
     """The name of what clients train: not that of the owner's model, if another is released."""
-    return config.model.public or config.model.name
+    public = config.model.public
+    return config.model.name if public is None or public == RANDOM else public
 
 
 def _is_saved(config: Config) -> bool:
