@@ -195,8 +195,10 @@ def main() -> None:
         if way in WAYS[name]
     ]
     run_missing(results, leads, processes=options.processes, told=str)
-    for name in results.names():
-        print(f"\n{name}\n\n{table(results.of(name))}")
+    found = "\n\n".join(f"## {name}\n\n{table(results.of(name))}" for name in results.names())
+    print(found)
+    head = "# How the owner's model should learn\n\nAccuracy in percent. Written by `leads.py`."
+    (options.out / "tables.md").write_text(f"{head}\n\n{found}\n")
 
 
 if __name__ == "__main__":

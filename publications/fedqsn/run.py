@@ -22,7 +22,7 @@ from typing import Any
 from pool import run_missing
 from recipes import COALITIONS, Recipe, recipes_of
 from scenes import SCENES, Scene
-from tables import draw, table
+from tables import draw, page, table
 
 from fedveil import Federation, Secret, Tuning
 from fedveil.audit import Audit, Evidence, audit
@@ -146,6 +146,7 @@ def main() -> None:
     )  # fmt: skip
     for name in options.scenes:
         print(f"\n{name}\n\n{table(results, name)}")
+    (options.out / "tables.md").write_text(page(results))
     draw(results, options.out / "frontier.png")
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 from recipes import COALITIONS, recipes_of
 
 from fedveil.training.metrics import Metric, metric_named
@@ -17,7 +20,7 @@ from fedveil.training.metrics import Metric, metric_named
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from results import Results, Values
 
-__all__ = ["draw", "summary", "table"]
+__all__ = ["draw", "page", "summary", "table"]
 
 _KEPT, _LEAK = 0.95, {1: 0.25, 3: 0.35}
 """What is aimed at: so much kept at least, and so much leaked at most, by attackers."""
@@ -65,8 +68,21 @@ def _mean(rows: Sequence[Values], key: str) -> float:
     return mean(row[key] for row in rows)
 
 
+def page(results: Results) -> str:
+    """All tables, in Markdown."""
+    parts = ["# Every recipe on every task\n\nWritten by `run.py`; README.md says what is what."]
+    for scene in dict.fromkeys(name.partition(":")[0] for name in results.names()):
+        rows = results.by_seed(f"{scene}: FedAvg")
+        if rows:
+            metric = metric_named(next(iter(rows.values()))["metric"])
+            each = ", ".join(metric.figure(row["B"]) for _, row in sorted(rows.items()))
+            parts.append(f"## {scene}\n\nB by seed: {each} ({metric.name}).")
+            parts.append(table(results, scene))
+    return "\n\n".join(parts) + "\n"
+
+
 def table(results: Results, scene: str) -> str:
-    """Markdown."""
+    """Markdown, a line per recipe."""
     lines = [
         "| recipe | G (each seed) | kept | one client: A, O | leak | gain shown (by O) "
         "| three: A, O | leak | gain shown (by O) |",
@@ -82,10 +98,14 @@ def table(results: Results, scene: str) -> str:
                 cells += ["–"] * 3
                 continue
             cells.append(f"{metric.figure(found['A'])}, {metric.figure(found['O'])}")
-            cells.append(f"{_percent(found['leak'])} ({_range(found['range'])})")
+            cells.append(f"{_leak(found)} ({_range(found['range'])})")
             cells.append(f"{_percent(found['gain'])} ({_percent(found['own gain'])})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _leak(found: Mapping[str, Any]) -> str:
+    return "G behind O" if found["leak"] is None else _percent(found["leak"])
 
 
 def _range(shares: Sequence[float | None]) -> str:
@@ -116,36 +136,71 @@ def draw(results: Results, path: Path) -> None:
     }
     if not scenes:
         return
-    figure = Figure(figsize=(4.2 * len(scenes), 4.2), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(scenes), 3.9), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (scene, points) in zip(figure.subplots(1, len(scenes), squeeze=False)[0],
                                      scenes.items(), strict=True):  # fmt: skip
-        axes.axvspan(-1000, 100 * _LEAK[1], color="#009E73", alpha=0.08)
-        axes.axhline(100 * _KEPT, color="#009E73", linewidth=1, linestyle=":")
+        axes.add_patch(
+            Rectangle((_LEFT, 100 * _KEPT), 100 * _LEAK[1] - _LEFT, 999, color="#009E73", alpha=0.1)
+        )
         for recipe, (leak, kept) in points.items():
-            ours = recipe == "public"
-            axes.plot(
-                leak,
-                kept,
-                "*" if ours else "o",
-                markersize=15 if ours else 6,
-                color="#0072B2" if ours else "#D55E00" if recipe == "paper" else "#6b6b6b",
-            )
-            axes.annotate(recipe, (leak, kept), (5, 5), textcoords="offset points", fontsize=8)
+            look = _LOOKS.get(recipe, _OTHER)
+            axes.plot(leak, max(kept, 0.0), look.marker, markersize=look.size, color=look.color)
         axes.set_title(scene)
-        axes.set_xlabel("leak to one client (%), less is better")
-        low = min(0.0, *(leak for leak, _ in points.values()))
-        axes.set_xlim(max(-60, low - 10), max(110, *(leak + 10 for leak, _ in points.values())))
-        axes.set_ylim(0, max(120, *(kept + 10 for _, kept in points.values())))
-    figure.axes[0].set_ylabel("of FedAvg's gain kept by the owner (%)")
+        axes.set_xlabel("leak to one client (%)")
+        axes.set_xlim(_LEFT, _RIGHT + 10)
+        axes.set_xticks([0, 25, 50, 75, 100], ["none", "25", "50", "75", "all"])
+        axes.set_ylim(-5, max(125, *(kept + 10 for _, kept in points.values())))
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("kept of what FedAvg gains (%)")
+    known = {recipe for points in scenes.values() for recipe in points}
+    handles = [
+        Line2D([], [], marker=look.marker, markersize=look.size, color=look.color, linestyle="",
+               label=name)
+        for name, look in {**_LOOKS, "other recipes": _OTHER}.items()
+        if name in known or look is _OTHER
+    ]  # fmt: skip
+    handles.append(Patch(color="#009E73", alpha=0.1, label="aimed at"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
 
 
+@dataclass(frozen=True)
+class _Look:
+    color: str
+    marker: str = "o"
+    size: int = 8
+
+
+_LOOKS = {
+    "FedAvg": _Look("#222222", "s", 7),
+    "paper": _Look("#D55E00", "X", 10),
+    "once, 20 %": _Look("#CC79A7", "D", 7),
+    "once": _Look("#CC79A7", "D", 7),
+    "FedLPP, 3 bit": _Look("#E69F00", "v", 8),
+    "public": _Look("#0072B2", "*", 15),
+    "public, tuned again": _Look("#56B4E9", "*", 15),
+    "public, tuned again, 3 x the work": _Look("#009E73", "*", 15),
+}
+_OTHER = _Look("#b0b0b0", "o", 5)
+_LEFT, _RIGHT = -12.0, 110.0
+"""Of the axis of leaks, in percent: what is less than none or more than all is at its ends."""
+
+
 def _points(found: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Leak to one client and what is kept, in percent."""
+    """Leak to one client and what is kept, in percent. FedAvg hands out all there is."""
     return {
-        recipe: (100 * values["attacks"][1]["leak"], 100 * values["kept"])
+        recipe: (_place(values), 100 * values["kept"])
         for recipe, values in found.items()
         if values["kept"] is not None
-        and values["attacks"] and values["attacks"][1]["leak"] is not None
-    }  # fmt: skip
+    }
+
+
+def _place(values: Mapping[str, Any]) -> float:
+    if not values["attacks"]:
+        return 100.0
+    leak = values["attacks"][1]["leak"]
+    if leak is None:  # the attacker's own data are worth more than the owner's model
+        ahead = values["metric"].lead(values["attacks"][1]["A"], values["attacks"][1]["O"]) > 0
+        return _RIGHT if ahead else 0.0
+    return float(min(max(100 * leak, 0.0), _RIGHT))
