@@ -214,6 +214,28 @@ def test_where_a_public_model_is_released_clients_are_told_of_that_alone(folder)
     assert "owner" not in (partner / "partner.toml").read_text().split("[model]")[1]
 
 
+def test_where_a_random_initialization_is_released_clients_get_the_architecture(folder):
+    toys.bert().save_pretrained(folder / "in-house")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(20))]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "in-house")
+    rows = [{"text": "1 2", "label": number} for number in range(3)]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
+    text = FILE.format(model="in-house", task="text-classification")
+    text = text.replace("[data]", '[data]\nmax_length = 8\nowner = "test.parquet"')
+    text = text.replace('name = "in-house"', 'name = "in-house"\npublic = "random"')
+    text = text.replace("[data]", '[data]\ntuned = "test.parquet"')
+    (folder / "federation.toml").write_text(text + "\n[tuning]\nsteps = 3\n")
+    _, partner, _ = write(folder)
+    assert not list(partner.rglob("*.safetensors"))
+    told = (partner / "partner.toml").read_text()
+    assert all(word not in told for word in ("in-house", "random", "tun"))
+    datasets.Dataset.from_list(rows).to_parquet(partner / "data.parquet")
+    (partner / "partner.toml").write_text(told.replace("data.csv", "data.parquet"))
+    place = build_workplace(load_config(partner / "partner.toml"))
+    assert not any(tensor.any() for tensor in toys.weights(place.architecture).values())
+
+
 class TestContainers:
     """They cannot be built here: what can be known of them without is that all parts agree."""
 
