@@ -159,6 +159,11 @@ def test_rows_and_settings_of_tuning_belong_together_and_to_a_public_model(home,
     assert said in str(caught.value)
 
 
+def test_the_owners_own_model_is_not_public(home):
+    with pytest.raises(ConfigurationError, match="would be released as it is"):
+        config_of(home, 'public = "own"', MINE)
+
+
 def test_an_adapter_of_ones_own_is_refused(home):
     with pytest.raises(ConfigurationError, match="An adapter of your own is not the public"):
         config_of(home, 'public = "public"\nadapter = "mine"', MINE)

@@ -396,6 +396,12 @@ class TestAdapters:
 
 
 class TestWhatItIsRefusedFor:
+    def test_the_owners_own_model(self):
+        own = toys.mlp()
+        for copied in (True, False):
+            with pytest.raises(ConfigurationError, match="would be released as it is"):
+                toys.federation(own, public=own, copy=copied, **OWNER)
+
     def test_another_architecture(self):
         with pytest.raises(ConfigurationError) as caught:
             toys.federation(toys.mlp(), public=toys.convnet(), **OWNER)

@@ -131,6 +131,12 @@ def load_config(path: str | Path) -> Config:
             fix="Merge it into the model first (PEFT's merge_and_unload), and train a new one "
             "with `lora`; or leave `public` out.",
         )  # fmt: skip
+    if "public" in tables["model"] and tables["model"]["public"] == tables["model"].get("name"):
+        problems.add(
+            "The public model is the owner's own, which would be released as it is",
+            "model", "public",
+            fix='Name what it was fine-tuned from, or "random".',
+        )  # fmt: skip
     if ("public" in tables["model"]) != ("owner" in tables["data"]) and "partner" not in raw:
         lacking = ("data", "owner") if "public" in tables["model"] else ("model", "public")
         problems.add(

@@ -187,7 +187,7 @@ class Federation:
         self._public, self._owner, self._fresh = None, None, tuple(fresh)
         self._tuning: Trainer | None = None
         if public is not None or owner is not None or fresh or tuning is not None:
-            self._public, self._owner = self._read_public(public, owner, copy=copy)
+            self._public, self._owner = self._read_public(model, public, owner, copy=copy)
         if tuning is not None:
             rows = prepared("the rows of the owner's tuning", task, tuning.rows)
             self._tuning = Trainer(task, rows, tuning.training)
@@ -364,7 +364,7 @@ class Federation:
         return {"public": fingerprint(self._public), "owner": len(self._owner), **fresh, **tuning}
 
     def _read_public(
-        self, public: nn.Module | None, owner: Rows | None, *, copy: bool
+        self, model: nn.Module, public: nn.Module | None, owner: Rows | None, *, copy: bool
     ) -> tuple[nn.Module, Prepared]:
         if public is None or owner is None:
             raise ConfigurationError(
@@ -372,6 +372,12 @@ class Federation:
                 expected="public=... and owner=..., or neither",
                 found="no public model" if public is None else "no data of the owner",
                 fix="Some dozens of the owner's rows say how much his model is to learn.",
+            )
+        if public is model:
+            raise ConfigurationError(
+                "The public model is the owner's own, which would be released as it is",
+                expected="what it was fine-tuned from, or a random initialization",
+                found="the same object",
             )
         check_public(self.scheme, public, self._model)
         rows: Prepared = prepared("the owner's data", self._task, owner)
