@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from pool import run_missing
+from retuning import best, on_the_way
 from scenes import Scene
 from torch import Tensor, nn
 
 from fedveil.merging import MergeStatistics, merge, statistics_of
-from fedveil.schemes.transfer import COEFFICIENTS, STRETCHES
+from fedveil.schemes.transfer import COEFFICIENTS
 from fedveil.state import load_state, read_state
 from fedveil.training import Trainer, evaluate
 
@@ -80,11 +81,11 @@ def tried(scene: Scene, seed: int, begun: str) -> dict[str, Any]:
         Trainer(scene.task, scene.owner, tuning).train(model, seed=seed)
         found[f"B + X, then {steps} steps on the owner's rows"] = measure(scene, model)
     for name, start in (("B", scene.base), ("P + X", merged)):
-        again = copy.deepcopy(start)
-        Trainer(scene.task, scene.tuned, scene.tuning).train(again, seed=seed + 1)
-        found[f"{name}, then tuned as B was"] = measure(scene, again)
-        if start is merged:
-            found |= on_the_way(scene, merged, again)
+        way = on_the_way(scene, start, seed + 1)
+        found[f"{name}, then tuned as B was"] = measure(scene, way[-1])
+        found[f"{name}, then tuned so, or the one on the way with the least loss"] = measure(
+            scene, best(scene, way)
+        )
     mine = statistics_of(scene.base, scene.owner, task=scene.task)
     for weight in WEIGHTS:
         (joined,) = merge(
@@ -93,16 +94,6 @@ def tried(scene: Scene, seed: int, begun: str) -> dict[str, Any]:
         )  # fmt: skip
         found[f"B merged as one more, {weight:g} times its rows"] = measure(scene, joined)
     return found
-
-
-def on_the_way(scene: Scene, merged: nn.Module, again: nn.Module) -> dict[str, float]:
-    """Of the models on the way to what was tuned again, the one that the owner's rows choose."""
-    way = [combined(merged, again, merged, share, 0.0) for share in (0.0, *STRETCHES)]
-    losses = [evaluate(model, scene.task, scene.owner)["loss"] for model in way]
-    best = way[losses.index(min(losses))]
-    return {
-        f"the one of these on the way with the least loss on rows {JUDGES[0]}": measure(scene, best)
-    }
 
 
 def with_head(public: nn.Module, begun: str, seed: int) -> nn.Module:

@@ -25,10 +25,12 @@ class Recipe:
             own plan of many rounds.
         public: Release the public model that the owner's was fine-tuned from, and nothing of his.
         own_classes: Whether clients leave classes that they lack out of the softmax.
-        tuned: With it, whether the owner repeats his tuning on what clients taught.
+        tuned: Whether the owner repeats his tuning on what came of it.
         work: Steps of a client, next to those of the scene's own plan.
         full: Try every attack there is, and not only the quick set.
         attacked: Whether to attack it at all.
+        attackers_of: Another recipe whose messages are the same, byte for byte: what attackers get
+            of these is measured there.
     """
 
     scheme: Scheme
@@ -39,6 +41,7 @@ class Recipe:
     work: float = 1.0
     full: bool = False
     attacked: bool = True
+    attackers_of: str | None = None
 
 
 def once(server_mask: float, bits: int | None = 4, **changes: object) -> Recipe:
@@ -46,12 +49,20 @@ def once(server_mask: float, bits: int | None = 4, **changes: object) -> Recipe:
     return Recipe(FedQSN.once(server_mask=server_mask, bits=bits, **changes), 1)
 
 
+def tuned_again(recipe: Recipe, attackers_of: str | None = None) -> Recipe:
+    """The same, and then the owner's tuning on the server: messages do not change."""
+    return replace(recipe, tuned=True, attacked=False, attackers_of=attackers_of)
+
+
 _PUBLIC = FedQSN.once(server_mask=0.0)
+_FEDAVG = Recipe(FedAvg(), attacked=False)  # clients hold the global model
+_RELEASED = Recipe(_PUBLIC, 1, public=True, own_classes=True, full=True)
 
 _MAIN: Mapping[str, Recipe] = {
-    # Clients hold the global model: there is nothing to attack.
-    "FedAvg": Recipe(FedAvg(), attacked=False),
-    "public": Recipe(_PUBLIC, 1, public=True, own_classes=True, full=True),
+    "FedAvg": _FEDAVG,
+    "FedAvg, tuned again": tuned_again(_FEDAVG),
+    "public": _RELEASED,
+    "public, tuned again": tuned_again(_RELEASED, "public"),
     "paper": Recipe(FedQSN.paper(), full=True),
     "once, 20 %": once(0.2),
 }
@@ -59,7 +70,7 @@ _FRONTIER: Mapping[str, Recipe] = {
     **_MAIN,
     "once, 0 %": once(0.0),
     "once, 40 %, server model": once(0.4, merge="server"),
-    "public, 3 releases": Recipe(_PUBLIC, 3, public=True, own_classes=True),
+    "public, 3 releases": replace(_RELEASED, releases=3, full=False),
 }
 # A full audit of many rounds takes half an hour there.
 _SHORT: Mapping[str, Recipe] = {**_MAIN, "paper": Recipe(FedQSN.paper())}
@@ -75,8 +86,10 @@ _MANY = FedQSN(server_mask=0.2)
 
 _NOTHING_PUBLIC: Mapping[str, Recipe] = {
     **_FRONTIER,
-    "public, tuned again": replace(_MAIN["public"], tuned=True),
-    "public, tuned again, 3 x the work": replace(_MAIN["public"], tuned=True, work=3.0),
+    "public, 3 x the work": replace(_RELEASED, work=3.0),
+    "public, 3 x the work, tuned again": tuned_again(
+        replace(_RELEASED, work=3.0), "public, 3 x the work"
+    ),
     # How much is withheld, of what.
     "once, 10 %": once(0.1),
     "once, 30 %, server model": once(0.3, merge="server"),

@@ -21,6 +21,7 @@ from typing import Any
 
 from pool import run_missing
 from recipes import COALITIONS, Recipe, recipes_of
+from retuning import best, on_the_way
 from scenes import SCENES, Scene
 from tables import draw, page, table
 
@@ -47,12 +48,15 @@ def run(scene: Scene, recipe: Recipe, seed: int, *, full: bool) -> dict[str, Any
             scene.base, scene.clients, task=scene.task, scheme=recipe.scheme, test=scene.test,
             public=scene.public if recipe.public else None,
             owner=scene.owner if recipe.public else None,
-            tuning=Tuning(scene.tuned, scene.tuning) if recipe.tuned else None,
+            tuning=Tuning(scene.tuned, scene.tuning) if recipe.tuned and recipe.public else None,
             training=training, clients_per_round=plan.clients_per_round, secret=SECRET,
             seed=seed, out=Path(folder), keep_messages="proxies",
             evaluation=Evaluation(every=0, base=False),
         )  # fmt: skip
         result = federation.run(plan.rounds)
+        final = result.global_model
+        if recipe.tuned and not recipe.public:
+            final = best(scene, on_the_way(scene, final, seed))
         trained = time.perf_counter() - started
         base = evaluate(scene.base, scene.task, scene.test)
         found = None
@@ -63,7 +67,7 @@ def run(scene: Scene, recipe: Recipe, seed: int, *, full: bool) -> dict[str, Any
     return {
         "metric": metric,
         "B": base[metric],
-        "G": result.rounds[-1].measures["global"][metric],
+        "G": evaluate(final, scene.task, scene.test)[metric],
         "made of": {
             name: result.rounds[-1].metrics[name]
             for name in ("own", "taught", "tuned") if name in result.rounds[-1].metrics

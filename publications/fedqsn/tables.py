@@ -30,7 +30,7 @@ def summary(results: Results, scene: str) -> dict[str, dict[str, Any]]:
     """Per recipe means over seeds; shares are of the means, as a single seed may lack one."""
     found = {}
     fedavg = results.by_seed(f"{scene}: FedAvg")
-    for recipe in recipes_of(scene):
+    for recipe, settings in recipes_of(scene).items():
         rows = results.by_seed(f"{scene}: {recipe}")
         both = sorted(rows.keys() & fedavg.keys())
         if not both:
@@ -39,28 +39,34 @@ def summary(results: Results, scene: str) -> dict[str, dict[str, Any]]:
         metric = metric_named(runs[0]["metric"])
         base, final = _mean(runs, "B"), _mean(runs, "G")
         far = _mean([fedavg[seed] for seed in both], "G")
+        sent = results.by_seed(f"{scene}: {settings.attackers_of or recipe}")
+        # Where not all of them are finished, what attackers get is not known yet.
+        attacked = [sent[seed]["attacks"] for seed in both] if sent.keys() >= set(both) else [{}]
         found[recipe] = {
             "metric": metric, "seeds": both, "G": [run["G"] for run in runs], "final": final,
             "base": base, "kept": metric.share(final, base, far),
             "attacks": {
-                size: _attacked(metric, [run["attacks"][str(size)] for run in runs], base, final)
-                for size in COALITIONS if runs[0]["attacks"]
+                size: _attacked(metric, [one[str(size)] for one in attacked], runs, base)
+                for size in COALITIONS if attacked[0]
             },
         }  # fmt: skip
     return found
 
 
 def _attacked(
-    metric: Metric, attacks: Sequence[Values], base: float, final: float
+    metric: Metric, attacks: Sequence[Values], runs: Sequence[Values], base: float
 ) -> dict[str, Any]:
-    reached, own = _mean(attacks, "A"), _mean(attacks, "O")
+    reached, own, final = _mean(attacks, "A"), _mean(attacks, "O"), _mean(runs, "G")
     return {
         "A": reached,
         "O": own,
         "leak": metric.share(reached, own, final),
         "gain": metric.share(reached, base, final),
         "own gain": metric.share(own, base, final),
-        "range": [one["leak"] for one in attacks],
+        "range": [
+            metric.share(one["A"], one["O"], run["G"])
+            for one, run in zip(attacks, runs, strict=True)
+        ],
     }
 
 
@@ -180,7 +186,7 @@ _LOOKS = {
     "FedLPP, 3 bit": _Look("#E69F00", "v", 8),
     "public": _Look("#0072B2", "*", 15),
     "public, tuned again": _Look("#56B4E9", "*", 15),
-    "public, tuned again, 3 x the work": _Look("#009E73", "*", 15),
+    "public, 3 x the work, tuned again": _Look("#009E73", "*", 15),
 }
 _OTHER = _Look("#b0b0b0", "o", 5)
 _LEFT, _RIGHT = -12.0, 110.0

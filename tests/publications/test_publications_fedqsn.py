@@ -16,7 +16,7 @@ from fedveil.training import ImageClassification, Training
 
 HOME = Path(__file__).parents[2]
 FOLDERS = (HOME / "publications" / "fedqsn", HOME / "benchmarks")
-NAMES = ("results", "tried", "recipes", "scenes", "pool", "tables", "run", "leads")
+NAMES = ("results", "tried", "recipes", "scenes", "retuning", "pool", "tables", "run", "leads")
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +156,15 @@ def _plain_bytes(model):
 
 
 @pytest.mark.parametrize(
-    "name", ["FedAvg", "public", "public, tuned again", "once, 20 %", "noise of 1"]
+    "name",
+    ["FedAvg", "FedAvg, tuned again", "public", "public, tuned again", "once, 20 %", "noise of 1"],
 )
 def test_a_recipe_runs_and_its_figures_are_those_of_its_attacks(modules, scene, name):
     recipes = {**modules["recipes"].recipes_of("bbc"), **modules["recipes"].recipes_of("digits")}
     found = modules["run"].run(scene, recipes[name], 0, full=False)
     json.dumps(found)
     assert 0 <= found["B"] <= 100
-    assert bool(found["attacks"]) == (name != "FedAvg")
+    assert bool(found["attacks"]) == recipes[name].attacked
     for attack in found["attacks"].values():
         alone = [v for kind, v in attack["kinds"].items() if kind.startswith("own data")]
         stolen = [v for kind, v in attack["kinds"].items() if not kind.startswith("own data")]
@@ -204,6 +205,10 @@ def test_shares_are_of_means_over_seeds(modules, tmp_path):
     assert found["kept"] == pytest.approx(1.0)
     assert found["attacks"][1]["leak"] == pytest.approx((60 - 45) / (85 - 45))
     assert found["attacks"][1]["gain"] == pytest.approx((60 - 55) / (85 - 55))
+    tuned = {"metric": "accuracy", "B": 60, "attacks": {}, "G": 90}
+    results.add("bbc: public, tuned again", 1, tuned)
+    found = modules["tables"].summary(results, "bbc")["public, tuned again"]
+    assert found["attacks"][3]["leak"] == pytest.approx((60 - 50) / (90 - 50))
     assert "| public | 85.0 (90.0, 80.0) | 100 % |" in modules["tables"].table(results, "bbc")
     assert "B by seed: 50.0, 60.0 (accuracy)" in modules["tables"].page(results)
     modules["tables"].draw(results, tmp_path / "frontier.png")

@@ -1,0 +1,36 @@
+"""The owner tunes a model as he tuned his own, and takes what is best on the way."""
+
+from __future__ import annotations
+
+import copy
+
+from scenes import Scene
+from torch import nn
+
+from fedveil.schemes.transfer import STRETCHES
+from fedveil.state import load_state, read_state
+from fedveil.training import Trainer, evaluate
+
+__all__ = ["best", "on_the_way"]
+
+
+def on_the_way(scene: Scene, model: nn.Module, seed: int) -> list[nn.Module]:
+    """The model, what his tuning makes of it (last), and what lies between, of their weights."""
+    end = copy.deepcopy(model)
+    Trainer(scene.task, scene.tuned, scene.tuning).train(end, seed=seed)
+    begun, last = read_state(model), read_state(end)
+    way = [model]
+    for share in STRETCHES:
+        between = copy.deepcopy(end)
+        state = {
+            name: begun[name].lerp(tensor, share) if tensor.is_floating_point() else tensor
+            for name, tensor in last.items()
+        }
+        load_state(between, state)
+        way.append(between)
+    return way
+
+
+def best(scene: Scene, models: list[nn.Module]) -> nn.Module:
+    """The model with the least loss on rows of the owner that his was not tuned on."""
+    return min(models, key=lambda model: evaluate(model, scene.task, scene.owner)["loss"])
