@@ -27,7 +27,7 @@ from fedveil.demo.setting import fast_matmul, offline
 from fedveil.engine import Evaluation, Observer
 from fedveil.engine.crew import threads
 from fedveil.engine.in_process import start_importing
-from fedveil.federation import Federation, Result
+from fedveil.federation import Federation, Result, Tuning
 from fedveil.report import ConsoleProgress, plot, summarize, table, write_summary
 from fedveil.report.page import write_page
 from fedveil.schemes import FedAvg, FedQSN, Scheme
@@ -76,15 +76,15 @@ class Setting:
     Attributes:
         seed: Decides splits, the new head, sampling, batch order and dropout.
         owner_documents: Documents on which the owner tunes the public model beforehand.
-        judging_documents: More of his, that he does not tune on: they say how much his model is to
-            learn, where clients train the public one. With 0 those say it that he tuned on, and
+        judging_documents: More of his, that he does not tune on: where clients train the public
+            model, they say what his is to be made of. With 0 those say it that he tuned on, and
             clients have as many more.
         test_documents: The owner's test set.
         clients: Partners; classes are skewed by Dirichlet(alpha).
         rounds: Rounds of each scheme.
         clients_per_round: Partners that take part in a round.
         max_length: Tokens of a document that the classifier reads.
-        owner_training: How the owner tunes beforehand.
+        owner_training: How the owner tunes beforehand, and on what clients taught the public model.
         training: How a client trains in a round.
         total_steps: Steps of a client in all rounds together, on average: what he takes as well if
             he tunes the base on his own data alone, or is sent a single proxy.
@@ -245,6 +245,7 @@ def build_federation(
         scheme=scheme,
         public=scene.public if public else None,
         owner=scene.owner if public else None,
+        tuning=Tuning(scene.tuned, setting.owner_training) if public else None,
         # With few classes each, they would teach a model that is merged once to forget the others.
         training=replace(setting.training, own_classes=public),
         test=scene.test,
