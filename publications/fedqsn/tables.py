@@ -30,7 +30,7 @@ def summary(results: Results, scene: str) -> dict[str, dict[str, Any]]:
     """Per recipe means over seeds; shares are of the means, as a single seed may lack one."""
     found = {}
     fedavg = results.by_seed(f"{scene}: FedAvg")
-    for recipe, settings in recipes_of(scene).items():
+    for recipe in recipes_of(scene):
         rows = results.by_seed(f"{scene}: {recipe}")
         both = sorted(rows.keys() & fedavg.keys())
         if not both:
@@ -39,9 +39,7 @@ def summary(results: Results, scene: str) -> dict[str, dict[str, Any]]:
         metric = metric_named(runs[0]["metric"])
         base, final = _mean(runs, "B"), _mean(runs, "G")
         far = _mean([fedavg[seed] for seed in both], "G")
-        sent = results.by_seed(f"{scene}: {settings.attackers_of or recipe}")
-        # Where not all of them are finished, what attackers get is not known yet.
-        attacked = [sent[seed]["attacks"] for seed in both] if sent.keys() >= set(both) else [{}]
+        attacked = [run["attacks"] for run in runs]
         found[recipe] = {
             "metric": metric, "seeds": both, "G": [run["G"] for run in runs], "final": final,
             "base": base, "kept": metric.share(final, base, far),
@@ -182,11 +180,9 @@ _LOOKS = {
     "FedAvg": _Look("#222222", "s", 7),
     "paper": _Look("#D55E00", "X", 10),
     "once, 20 %": _Look("#CC79A7", "D", 7),
-    "once": _Look("#CC79A7", "D", 7),
-    "FedLPP, 3 bit": _Look("#E69F00", "v", 8),
     "public": _Look("#0072B2", "*", 15),
-    "public, tuned again": _Look("#56B4E9", "*", 15),
-    "public, 3 x the work, tuned again": _Look("#009E73", "*", 15),
+    "public, 3 x the work": _Look("#56B4E9", "*", 15),
+    "FedAvg, tuned again": _Look("#7a7a7a", "s", 7),
 }
 _OTHER = _Look("#b0b0b0", "o", 5)
 _LEFT, _RIGHT = -12.0, 110.0
