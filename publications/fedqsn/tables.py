@@ -42,7 +42,7 @@ def summary(results: Results, scene: str) -> dict[str, dict[str, Any]]:
         attacked = [run["attacks"] for run in runs]
         found[recipe] = {
             "metric": metric, "seeds": both, "G": [run["G"] for run in runs], "final": final,
-            "base": base, "kept": metric.share(final, base, far),
+            "base": base, "far": far, "kept": metric.share(final, base, far),
             "attacks": {
                 size: _attacked(metric, [one[str(size)] for one in attacked], runs, base)
                 for size in COALITIONS if attacked[0]
@@ -74,8 +74,11 @@ def _mean(rows: Sequence[Values], key: str) -> float:
 
 def page(results: Results) -> str:
     """All tables, in Markdown."""
-    parts = ["# Every recipe on every task\n\nWritten by `run.py`; README.md says what is what."]
-    for scene in dict.fromkeys(name.partition(":")[0] for name in results.names()):
+    parts = [
+        "# Every recipe on every task\n\nWritten by `run.py`; README.md says what is what.",
+        f"## In short\n\n{_short(results)}",
+    ]
+    for scene in _scenes(results):
         rows = results.by_seed(f"{scene}: FedAvg")
         if rows:
             metric = metric_named(next(iter(rows.values()))["metric"])
@@ -83,6 +86,28 @@ def page(results: Results) -> str:
             parts.append(f"## {scene}\n\nB by seed: {each} ({metric.name}).")
             parts.append(table(results, scene))
     return "\n\n".join(parts) + "\n"
+
+
+def _scenes(results: Results) -> list[str]:
+    return [*dict.fromkeys(name.partition(":")[0] for name in results.names())]
+
+
+def _short(results: Results) -> str:
+    """What matters most of each scene: means over seeds."""
+    lines = [
+        "| task | recipe | B | F | G | kept | leak to one client | to three | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for scene in _scenes(results):
+        for recipe, values in summary(results, scene).items():
+            if recipe == "FedAvg" or recipe not in _LOOKS:
+                continue
+            metric, attacks = values["metric"], values["attacks"]
+            figures = [metric.figure(values[key]) for key in ("base", "far", "final")]
+            leaks = [_leak(attacks[size]) if attacks else "–" for size in COALITIONS]
+            cells = [scene, recipe, *figures, _percent(values["kept"]), *leaks]
+            lines.append(f"| {' | '.join(cells)} | {len(values['seeds'])} |")
+    return "\n".join(lines)
 
 
 def table(results: Results, scene: str) -> str:
@@ -134,9 +159,7 @@ def _percent(share: float | None) -> str:
 def draw(results: Results, path: Path) -> None:
     """The plane of what is kept and what leaks to one client, a panel per scene."""
     scenes = {
-        scene: found
-        for scene in dict.fromkeys(name.partition(":")[0] for name in results.names())
-        if (found := _points(summary(results, scene)))
+        scene: found for scene in _scenes(results) if (found := _points(summary(results, scene)))
     }
     if not scenes:
         return

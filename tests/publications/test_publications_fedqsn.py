@@ -206,6 +206,8 @@ def test_shares_are_of_means_over_seeds(modules, tmp_path):
     assert found["attacks"][1]["leak"] == pytest.approx((60 - 45) / (85 - 45))
     assert found["attacks"][1]["gain"] == pytest.approx((60 - 55) / (85 - 55))
     assert "| public | 85.0 (90.0, 80.0) | 100 % |" in modules["tables"].table(results, "bbc")
-    assert "B by seed: 50.0, 60.0 (accuracy)" in modules["tables"].page(results)
+    page = modules["tables"].page(results)
+    assert "B by seed: 50.0, 60.0 (accuracy)" in page
+    assert "| bbc | public | 55.0 | 85.0 | 85.0 | 100 % | 38 % | 38 % | 2 |" in page
     modules["tables"].draw(results, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000
