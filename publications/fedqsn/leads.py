@@ -35,6 +35,7 @@ from results import Results
 PLAIN, OWN_CLASSES = "as ever", "own classes"
 TRAININGS = (PLAIN, OWN_CLASSES)
 """Whether clients leave classes that they lack out of the softmax."""
+HEAD = "classifier."
 HEADS = ("another head", "a head of zeros")
 """The public model's head is not that which the owner's began with; clients train as ever."""
 WAYS = {
@@ -73,8 +74,9 @@ def tried(scene: Scene, seed: int, begun: str) -> dict[str, Any]:
         found[f"the one of these with the least loss on rows {judges}"] = found[
             min(by_name, key=by_name.__getitem__)
         ]
-    both = combined(public, scene.base, merged, 1.0, 1.0, fresh="classifier.")
-    found["B + X, head taken whole"] = measure(scene, both)
+    if any(name.startswith(HEAD) for name in read_state(public)):
+        both = combined(public, scene.base, merged, 1.0, 1.0, fresh=HEAD)
+        found["B + X, head taken whole"] = measure(scene, both)
     for steps in CALIBRATION:
         model = combined(public, scene.base, merged, 1.0, 1.0)
         tuning = replace(scene.plan.training, steps=steps)

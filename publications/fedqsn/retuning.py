@@ -7,7 +7,7 @@ import copy
 from scenes import Scene
 from torch import nn
 
-from fedveil.schemes.transfer import STRETCHES
+from fedveil.schemes import transfer
 from fedveil.state import load_state, read_state
 from fedveil.training import Trainer, evaluate
 
@@ -18,15 +18,10 @@ def on_the_way(scene: Scene, model: nn.Module, seed: int) -> list[nn.Module]:
     """The model, what his tuning makes of it (last), and what lies between, of their weights."""
     end = copy.deepcopy(model)
     Trainer(scene.task, scene.tuned, scene.tuning).train(end, seed=seed)
-    begun, last = read_state(model), read_state(end)
     way = [model]
-    for share in STRETCHES:
+    for stretch in transfer.STRETCHES:
         between = copy.deepcopy(end)
-        state = {
-            name: begun[name].lerp(tensor, share) if tensor.is_floating_point() else tensor
-            for name, tensor in last.items()
-        }
-        load_state(between, state)
+        load_state(between, transfer.on_the_way(read_state(model), read_state(end), stretch))
         way.append(between)
     return way
 

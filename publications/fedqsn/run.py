@@ -73,7 +73,7 @@ def run(scene: Scene, recipe: Recipe, seed: int, *, full: bool) -> dict[str, Any
             for name in ("own", "taught", "tuned") if name in result.rounds[-1].metrics
         },
         "attacks": {} if found is None else {
-            str(size): attacked(found, size, base[metric]) for size in COALITIONS
+            str(size): attacked(found, size) for size in COALITIONS
         },
         "down": result.mean_bytes_down() * plan.rounds / result.parameters_bytes,
         "full": full,
@@ -81,16 +81,14 @@ def run(scene: Scene, recipe: Recipe, seed: int, *, full: bool) -> dict[str, Any
     }  # fmt: skip
 
 
-def attacked(found: Audit, size: int, base: float) -> dict[str, Any]:
+def attacked(found: Audit, size: int) -> dict[str, Any]:
     """The best of a coalition with all that it was sent, and with nothing of it."""
     metric = metric_named(found.metric)
     mine = [a for a in found.attacks if len(a.clients) == size]
-    best = metric.best((a for a in mine if a.released), lambda one: one.measures)
+    stolen = metric.best((a for a in mine if a.released), lambda one: one.measures)
     alone = metric.best((a for a in mine if not a.released), lambda one: one.measures)
-    assert best is not None
+    assert stolen is not None
     assert alone is not None
-    end = found.models["global"][metric.name]
-    reached, own = best.measures[metric.name], alone.measures[metric.name]
     kinds: dict[str, float] = {}
     for attack in mine:
         kind = ", ".join(filter(None, (attack.attack, attack.holes, attack.polish)))
@@ -98,11 +96,8 @@ def attacked(found: Audit, size: int, base: float) -> dict[str, Any]:
         if kind not in kinds or metric.lead(value, kinds[kind]) > 0:
             kinds[kind] = value
     return {
-        "A": reached,
-        "O": own,
-        "leak": metric.share(reached, own, end),
-        "gain": metric.share(reached, base, end),
-        "own gain": metric.share(own, base, end),
+        "A": stolen.measures[metric.name],
+        "O": alone.measures[metric.name],
         "kinds": kinds,
     }
 

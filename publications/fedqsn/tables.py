@@ -39,22 +39,20 @@ def summary(results: Results, scene: str) -> dict[str, dict[str, Any]]:
         metric = metric_named(runs[0]["metric"])
         base, final = _mean(runs, "B"), _mean(runs, "G")
         far = _mean([fedavg[seed] for seed in both], "G")
-        attacked = [run["attacks"] for run in runs]
         found[recipe] = {
             "metric": metric, "seeds": both, "G": [run["G"] for run in runs], "final": final,
             "base": base, "far": far, "kept": metric.share(final, base, far),
             "attacks": {
-                size: _attacked(metric, [one[str(size)] for one in attacked], runs, base)
-                for size in COALITIONS if attacked[0]
+                size: _attacked(metric, runs, size) for size in COALITIONS if runs[0]["attacks"]
             },
         }  # fmt: skip
     return found
 
 
-def _attacked(
-    metric: Metric, attacks: Sequence[Values], runs: Sequence[Values], base: float
-) -> dict[str, Any]:
-    reached, own, final = _mean(attacks, "A"), _mean(attacks, "O"), _mean(runs, "G")
+def _attacked(metric: Metric, runs: Sequence[Values], size: int) -> dict[str, Any]:
+    attacks = [run["attacks"][str(size)] for run in runs]
+    reached, own = _mean(attacks, "A"), _mean(attacks, "O")
+    base, final = _mean(runs, "B"), _mean(runs, "G")
     return {
         "A": reached,
         "O": own,

@@ -1,75 +1,18 @@
 """A public model is released in the place of the owner's, to which what it is taught is added."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transfer_samples import ONCE, OWNER, SCHEMES, TEXTS, first, sent, transfer, tuned
 
 import toys
-from fedveil import (
-    CheckpointError,
-    ConfigurationError,
-    DataError,
-    FedAvg,
-    FedLPP,
-    FedQSN,
-    ImageClassification,
-    TrainingError,
-    Tuning,
-)
+from fedveil import CheckpointError, ConfigurationError, DataError, FedAvg, FedLPP, FedQSN
 from fedveil.audit import Evidence, audit
-from fedveil.schemes import Transfer
-from fedveil.schemes.transfer import COEFFICIENTS, STRETCHES
-from fedveil.state import read_state
-from fedveil.training import Trainer
-
-OWNER = {"owner": toys.rows(8, seed=70)}
-TEXTS = {"owner": toys.texts(8, seed=70)}
-ONCE = FedQSN.once(server_mask=0.0)
-SCHEMES = [FedAvg(), FedQSN(), FedQSN.paper(), ONCE]
-
-
-def tuned(public, seed, size=0.05):
-    """What an owner has who fine-tuned a public model."""
-    own = copy.deepcopy(public)
-    toys.Nudge(seed, size)(own)
-    for name, tensor in read_state(own).items():
-        if name.endswith("running_var"):
-            tensor.abs_()
-    return own
-
-
-def judge(state):
-    """Any number that depends on all of a model."""
-    return float(sum(t.double().abs().sum() for t in state.values() if t.is_floating_point()))
-
-
-def _first(*pair):
-    """A judge who prefers one pair of coefficients."""
-    losses = iter([float(one != pair) for one in COEFFICIENTS])
-    return lambda state: next(losses)
-
-
-def transfer(scheme, public, own, **more):
-    return Transfer(scheme, public, own, toys.SECRET, more.pop("judge", judge), **more)
-
-
-def sent(server, model, scheme, rounds=2):
-    """All bytes that clients receive of a server side, who answer them."""
-    received = []
-    for number in range(1, rounds + 1):
-        server.begin_round(number)
-        for client in ("a", "b"):
-            message = server.release(client)
-            received.append(bytes(message.to_bytes()))
-            reply = toys.reply_of(scheme, message, toys.bare(model), toys.Nudge(number, 0.01))
-            server.absorb(client, reply, 1.0)
-        server.end_round()
-    return received
+from fedveil.schemes.transfer import COEFFICIENTS
 
 
 class TestNoByteDependsOnTheOwnersModel:
@@ -115,7 +58,7 @@ class TestTheOwnersModelLearnsWhatIsTaught:
     def test_as_much_as_the_owners_data_say(self, kind, pair):
         public = toys.MODELS[kind](0)
         own = tuned(public, 7)
-        server = transfer(FedAvg(), public, own, judge=_first(*pair))
+        server = transfer(FedAvg(), public, own, judge=first(*pair))
         plain = FedAvg().server(public, toys.SECRET)
         for one in (server, plain):
             one.begin_round(1)
@@ -145,7 +88,7 @@ class TestTheOwnersModelLearnsWhatIsTaught:
     def test_a_fresh_head_is_taken_whole(self):
         public = toys.bert()
         own = tuned(public, 7)
-        server = transfer(FedAvg(), public, own, judge=_first(1.0, 1.0), fresh=("classifier.*",))
+        server = transfer(FedAvg(), public, own, judge=first(1.0, 1.0), fresh=("classifier.*",))
         sent(server, public, FedAvg(), rounds=1)
         inside = server.state().tensors
         begun, mine = toys.weights(public), toys.weights(own)
@@ -186,7 +129,7 @@ class TestTheOwnersModelLearnsWhatIsTaught:
         own = copy.deepcopy(public)
         with torch.no_grad():
             own[1].weight.zero_()
-        server = transfer(FedAvg(), public, own, judge=_first(1.0, 1.0))
+        server = transfer(FedAvg(), public, own, judge=first(1.0, 1.0))
         server.begin_round(1)
         message = server.release("a")
         reply = toys.reply_of(FedAvg(), message, copy.deepcopy(public).float(), _step(2**-12))
@@ -214,130 +157,6 @@ class TestTheOwnersModelLearnsWhatIsTaught:
         for other in ({"public": toys.bert(seed=1), **TEXTS}, {}):
             with pytest.raises(CheckpointError, match="configuration"):
                 toys.federation(own, **other, **run).run(2, resume=True)
-
-
-def tune(state):
-    """What an owner's tuning might do."""
-    return {n: t * 1.5 + 0.25 if t.is_floating_point() else t for n, t in state.items()}
-
-
-def _first_stretch(stretch):
-    """A judge who prefers a model on the way to what tuning makes."""
-    losses = iter([2.0] * len(COEFFICIENTS) + [float(one != stretch) for one in STRETCHES])
-    return lambda state: next(losses)
-
-
-class TestTheOwnerRepeatsHisTuning:
-    @pytest.mark.parametrize("kind", sorted(toys.MODELS))
-    @pytest.mark.parametrize("stretch", STRETCHES)
-    def test_on_what_was_taught_and_goes_as_far_as_his_data_say(self, kind, stretch):
-        public = toys.MODELS[kind](0)
-        judge = _first_stretch(stretch)
-        server = transfer(FedAvg(), public, tuned(public, 7), judge=judge, tune=tune)
-        sent(server, public, FedAvg(), rounds=1)
-        taught = server.state().tensors
-        assert server._chosen == (0.0, 1.0)
-        for name, tensor in server.final().items():
-            if tensor.is_floating_point():
-                wanted = taught[name] + stretch * (0.5 * taught[name] + 0.25)
-                torch.testing.assert_close(tensor, wanted, atol=1e-5, rtol=1e-5)
-        assert toys.same(server.view("global"), server.final())
-
-    def test_or_leaves_it(self):
-        public = toys.bert()
-        server = transfer(FedAvg(), public, tuned(public, 7), judge=_first(0.5, 1.0))
-        tuning = transfer(
-            FedAvg(), public, tuned(public, 7), tune=tune,
-            judge=_worse_afterwards(_first(0.5, 1.0)),
-        )  # fmt: skip
-        for one in (server, tuning):
-            sent(one, public, FedAvg(), rounds=1)
-        assert toys.same(server.final(), tuning.final())
-
-    def test_a_tuning_that_fails_loses_nothing(self):
-        def fail(state):
-            raise TrainingError("The loss is not finite")
-
-        public = toys.bert()
-        server = transfer(FedAvg(), public, tuned(public, 7), judge=_first(1.0, 1.0), tune=fail)
-        with pytest.warns(UserWarning, match="left out: The loss is not finite"):
-            sent(server, public, FedAvg(), rounds=1)
-        assert (server._chosen, server._stretch) == ((1.0, 1.0), 0.0)
-
-    @pytest.mark.parametrize("stretch", [0.0, 0.5])
-    def test_a_state_holds_what_was_chosen(self, stretch):
-        public = toys.convnet()
-        judge = _first_stretch(stretch) if stretch else _first(0.5, 1.0)
-        server = transfer(FedAvg(), public, tuned(public, 7), judge=_worse_afterwards(judge),
-                          tune=tune)  # fmt: skip
-        sent(server, public, FedAvg(), rounds=1)
-        other = transfer(FedAvg(), public, tuned(public, 7), tune=tune)
-        other.restore(server.state())
-        assert toys.same(server.final(), other.final())
-        assert server.state().values == other.state().values
-
-    def test_from_what_has_nothing_to_do_with_his_model(self):
-        rows, training = toys.rows(60, seed=9), toys.Training(30, batch_size=4, learning_rate=0.05)
-        own = toys.mlp(3)
-        short = replace(training, steps=4)
-        Trainer(ImageClassification(num_labels=3), rows, short).train(own, seed=1)
-        runs = {
-            name: toys.federation(
-                own, public=toys.mlp(5), owner=toys.rows(30, seed=10), scheme=ONCE,
-                training=short, test=toys.rows(90, seed=8), **more,
-            ).run()
-            for name, more in {"sums": {}, "tuned": {"tuning": Tuning(rows, training)}}.items()
-        }  # fmt: skip
-        reached = {name: run.rounds[0].measures["global"]["loss"] for name, run in runs.items()}
-        assert reached["tuned"] < reached["sums"]
-        assert runs["tuned"].rounds[0].metrics["tuned"] > 0
-        assert "tuned" not in runs["sums"].rounds[0].metrics
-
-    def test_no_byte_depends_on_it_and_a_resumed_run_is_the_same(self, tmp_path):
-        public, kept, models = toys.bert(), [], []
-        own = tuned(public, 7)
-        for seed in (1, 2):
-            out = tmp_path / str(seed)
-            tuning = Tuning(toys.texts(12, seed=seed), toys.Training(2, batch_size=4))
-            run = {"public": public, "out": out, "tuning": tuning, "keep_messages": True, **TEXTS}
-            toys.federation(own, **run).run(1)
-            resumed = toys.federation(own, **run).run(2, resume=True)
-            whole = toys.federation(own, **{**run, "out": None, "keep_messages": False}).run(2)
-            models.append(toys.weights(resumed.global_model))
-            assert toys.same(models[-1], toys.weights(whole.global_model))
-            kept.append({n: d for n, d in toys.files(out).items() if n.startswith("messages")})
-        assert kept[0] == kept[1]
-        assert len(kept[0]) == 2 * 2 * 3
-
-    def test_a_run_is_not_resumed_with_another_tuning(self, tmp_path):
-        own, rows = tuned(toys.bert(), 7), toys.texts(12, seed=1)
-        run = {"public": toys.bert(), "out": tmp_path, **TEXTS}
-        toys.federation(own, tuning=Tuning(rows, toys.Training(2)), **run).run(1)
-        for other in ({"tuning": Tuning(rows, toys.Training(3))}, {}):
-            with pytest.raises(CheckpointError, match="configuration"):
-                toys.federation(own, **other, **run).run(2, resume=True)
-
-    def test_his_rows_and_settings_are_looked_at_first(self):
-        run = {"public": toys.mlp(), **OWNER}
-        with pytest.raises(DataError, match="the rows of the owner's tuning"):
-            toys.federation(toys.mlp(), tuning=Tuning([{"image": 1}], toys.Training()), **run)
-        frozen = toys.Training(frozen=("nothing.*",))
-        with pytest.raises(ConfigurationError, match=r"nothing\.\*"):
-            toys.federation(toys.mlp(), tuning=Tuning(toys.rows(8), frozen), **run)
-        with pytest.raises(ConfigurationError, match="no public model"):
-            toys.federation(toys.mlp(), tuning=Tuning(toys.rows(8), toys.Training()))
-
-
-def _worse_afterwards(judge):
-    """For whom nothing is better than what the first judge has seen."""
-
-    def judged(state):
-        try:
-            return judge(state)
-        except StopIteration:
-            return 9.0
-
-    return judged
 
 
 def _step(size):
@@ -378,7 +197,7 @@ class TestAdapters:
 
     def test_are_trained_on_the_public_backbone_and_stand_on_the_private_one(self):
         public, own = self.models()
-        server = transfer(ONCE, public, own, judge=_first(1.0, 1.0))
+        server = transfer(ONCE, public, own, judge=first(1.0, 1.0))
         server.begin_round(1)
         reply = toys.reply_of(ONCE, server.release("a"), toys.bare(public), _step(0.01))
         server.absorb("a", reply, 1.0)

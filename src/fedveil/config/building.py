@@ -25,7 +25,6 @@ from fedveil.training import (
     Task,
     TextClassification,
     Trainer,
-    Training,
     answer,
 )
 from fedveil.training.modes import on_device
@@ -66,6 +65,9 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
         assert isinstance(task, CausalLM | Seq2Seq)
         assert rows.test is not None
         config.generation.check(model, task, rows.test)
+    tuning = None
+    if rows.tuned is not None and config.tuning is not None:  # the file has both or neither
+        tuning = Tuning(rows.tuned, config.tuning)
     federation = Federation(
         model,
         rows.clients if config.partners is None else Remote(tuple(config.partners.names)),
@@ -73,7 +75,7 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
         scheme=config.scheme,
         public=public,
         owner=rows.owner,
-        tuning=None if rows.tuned is None else Tuning(rows.tuned, config.tuning or Training()),
+        tuning=tuning,
         fresh=fresh,
         training=config.training,
         test=rows.test,

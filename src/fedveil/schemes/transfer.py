@@ -16,7 +16,7 @@ from fedveil.state import StateDict, read_state
 from fedveil.units import UnitGroup
 from fedveil.wire import Message
 
-__all__ = ["Transfer", "check_public"]
+__all__ = ["Transfer", "check_public", "on_the_way"]
 
 
 Judge = Callable[[StateDict], float]
@@ -34,8 +34,8 @@ COEFFICIENTS = (
 STRETCHES = (0.25, 0.5, 0.75, 1.0)
 """How far of the way that tuning takes what was taught is tried (WiSE-FT; 2109.01903)."""
 
-_TUNED = "tuned."
-"""Before names in a checkpoint."""
+_TUNED = ".tuned."
+"""Before names in a checkpoint. No module's name is empty, so that no tensor's begins like this."""
 
 
 class Transfer:
@@ -92,7 +92,8 @@ class Transfer:
         self._judge, self._fresh = judge, _matching(fresh, self._public)
         self._tune = tune
         self._chosen: tuple[float, float] = COEFFICIENTS[0]
-        self._stretch, self._tuned = 0.0, dict[str, Tensor]()
+        # What is tuned of P_t where that is best; else nothing, and the pair says what is.
+        self._tuned: StateDict = {}
 
     def begin_round(self, number: int) -> None:
         """See :class:`~fedveil.schemes.base.ServerSide`."""
@@ -110,36 +111,35 @@ class Transfer:
         """Choose what the owner's model is made of: ``own``, ``taught`` and perhaps ``tuned``."""
         metrics = self._inside.end_round()
         losses = {pair: self._judge(self._at(*pair)) for pair in COEFFICIENTS}
-        self._chosen = min(COEFFICIENTS, key=losses.__getitem__)
+        self._chosen, self._tuned = min(COEFFICIENTS, key=losses.__getitem__), {}
         tuned: Metrics = {}
         if self._tune is not None:
-            tuned = {"tuned": self._choose_stretch(self._tune, losses[self._chosen])}
+            tuned = {"tuned": self._choose_tuned(self._tune, losses[self._chosen])}
         own, taught = self._chosen
         return {**metrics, "own": own, "taught": taught, **tuned}
 
-    def _choose_stretch(self, tune: Tune, least: float) -> float:
+    def _choose_tuned(self, tune: Tune, least: float) -> float:
         """How far to go towards what tuning makes of what was taught; 0 if a sum has less loss."""
-        self._stretch, self._tuned = 0.0, {}
-        begun = self._at(0.0, 1.0)
+        begun, chosen = self._at(0.0, 1.0), 0.0
         try:
             end = tune(begun)
         except TrainingError as error:  # what clients did in this round must not be lost with it
             warnings.warn(f"The owner's tuning failed, and is left out: {error}", stacklevel=2)
             return 0.0
+        # What is frozen is the owner's own, and in no checkpoint.
+        trained = self._inside.state().tensors.keys()
         for stretch in STRETCHES:
-            state = _on_the_way(begun, end, stretch)
+            state = on_the_way(begun, end, stretch)
             loss = self._judge(state)
             if loss < least:
-                least, self._stretch, self._tuned = loss, stretch, state
-        if self._stretch:
-            self._chosen = (0.0, 1.0)
-        return self._stretch
+                least, chosen, self._chosen = loss, stretch, (0.0, 1.0)
+                self._tuned = {name: state[name] for name in trained}
+        return chosen
 
     def final(self) -> StateDict:
         """The owner's model with what was taught, in the dtypes he brought."""
-        if self._stretch:
-            return {name: tensor.clone() for name, tensor in self._tuned.items()}
-        return self._at(*self._chosen)
+        tuned = {name: tensor.clone() for name, tensor in self._tuned.items()}
+        return {**self._at(*self._chosen), **tuned}
 
     @torch.no_grad()
     def _at(self, own: float, taught: float) -> StateDict:
@@ -175,24 +175,24 @@ class Transfer:
         """That of the server side inside, and what was chosen: a pair, or a tuned model."""
         state = self._inside.state()
         tuned = {_TUNED + name: tensor for name, tensor in self._tuned.items()}
-        values = {**state.values, "coefficients": [*self._chosen], "stretch": self._stretch}
+        values = {**state.values, "coefficients": [*self._chosen]}
         return ServerState({**state.tensors, **tuned}, values)
 
     def restore(self, state: ServerState) -> None:
         """See :class:`~fedveil.schemes.base.ServerSide`."""
         own, taught = state.values["coefficients"]
-        stretch = float(state.values.get("stretch", 0.0))
-        tuned = {name for name in state.tensors if stretch and name.startswith(_TUNED)}
+        tuned = {name for name in state.tensors if name.startswith(_TUNED)}
         inside = {name: state.tensors[name] for name in state.tensors if name not in tuned}
         self._inside.restore(ServerState(inside, state.values))
-        self._chosen, self._stretch = (float(own), float(taught)), stretch
+        self._chosen = (float(own), float(taught))
         self._tuned = {name.removeprefix(_TUNED): state.tensors[name].clone() for name in tuned}
 
 
 @torch.no_grad()
-def _on_the_way(begun: StateDict, end: StateDict, stretch: float) -> StateDict:
+def on_the_way(begun: StateDict, end: StateDict, stretch: float) -> StateDict:
+    """A model between two, of their weights; counters are the latter's."""
     return {
-        name: torch.lerp(begun[name].float(), tensor.float(), stretch).to(tensor.dtype)
+        name: torch.lerp(begun[name], tensor, stretch)
         if tensor.is_floating_point()
         else tensor.clone()
         for name, tensor in end.items()
