@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -161,14 +161,20 @@ class Lead:
         return tried(scene, self.seed, self.way)
 
 
-def table(rows: Sequence[Mapping[str, float]]) -> str:
-    """Means over seeds, and each seed."""
-    lines = ["| | mean | each seed |", "|---|---|---|"]
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        each = ", ".join(f"{value:.1f}" for value in values)
-        lines.append(f"| {name} | {mean(values):.1f} | {each} |")
+def table(results: Results, scene: str) -> str:
+    """Means over seeds, and each seed; a column for each way that clients train."""
+    found = {way: results.by_seed(f"{scene}, {way}") for way in WAYS[scene]}
+    columns = {way: [rows[seed] for seed in sorted(rows)] for way, rows in found.items() if rows}
+    lines = [f"| {' | '.join(['', *columns])} |", f"|{'---|' * (1 + len(columns))}"]
+    for name in next(iter(columns.values()))[0]:
+        cells = [_cell([row[name] for row in rows]) for rows in columns.values()]
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    each = ", ".join(f"{value:.1f}" for value in values)
+    return f"{mean(values):.1f} ({each})"
 
 
 def main() -> None:
@@ -183,12 +189,13 @@ def main() -> None:
     leads = [
         Lead(name, seed, way)
         for way in (*TRAININGS, *HEADS)
-        for name in options.scenes
         for seed in options.seeds
+        for name in options.scenes
         if way in WAYS[name]
     ]
     run_missing(results, leads, processes=options.processes, told=str)
-    found = "\n\n".join(f"## {name}\n\n{table(results.of(name))}" for name in results.names())
+    begun = [scene for scene in WAYS if any(results.of(f"{scene}, {way}") for way in WAYS[scene])]
+    found = "\n\n".join(f"## {scene}\n\n{table(results, scene)}" for scene in begun)
     print(found)
     head = "# How the owner's model should learn\n\nAccuracy in percent. Written by `leads.py`."
     (options.out / "tables.md").write_text(f"{head}\n\n{found}\n")

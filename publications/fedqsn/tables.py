@@ -72,8 +72,11 @@ def _mean(rows: Sequence[Values], key: str) -> float:
 
 def page(results: Results) -> str:
     """All tables, in Markdown."""
+    runs = [values for name in results.names() for values in results.of(name)]
+    hours = sum(sum(values["seconds"]) for values in runs) / 3600
     parts = [
-        "# Every recipe on every task\n\nWritten by `run.py`; README.md says what is what.",
+        "# Every recipe on every task\n\nWritten by `run.py`; README.md says what is what. All "
+        f"runs together took {hours:.1f} hours of one core.",
         f"## In short\n\n{_short(results)}",
     ]
     for scene in _scenes(results):

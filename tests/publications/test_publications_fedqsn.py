@@ -194,7 +194,7 @@ def test_shares_are_of_means_over_seeds(modules, tmp_path):
     for seed, (base, far, reached, own, end) in enumerate(
         [(50, 90, 60, 40, 90), (60, 80, 60, 50, 80)]
     ):
-        blank = {"metric": "accuracy", "B": base, "attacks": {}}
+        blank = {"metric": "accuracy", "B": base, "attacks": {}, "seconds": [1000, 800]}
         results.add("bbc: FedAvg", seed, {**blank, "G": far})
         attack = {"A": reached, "O": own}
         results.add("bbc: public", seed, {**blank, "G": end, "attacks": {"1": attack, "3": attack}})
@@ -206,7 +206,19 @@ def test_shares_are_of_means_over_seeds(modules, tmp_path):
     assert found["attacks"][1]["gain"] == pytest.approx((60 - 55) / (85 - 55))
     assert "| public | 85.0 (90.0, 80.0) | 100 % |" in modules["tables"].table(results, "bbc")
     page = modules["tables"].page(results)
+    assert "took 2.0 hours of one core" in page
     assert "B by seed: 50.0, 60.0 (accuracy)" in page
     assert "| bbc | public | 55.0 | 85.0 | 85.0 | 100 % | 38 % | 38 % | 2 |" in page
     modules["tables"].draw(results, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+def test_ways_to_learn_stand_side_by_side_in_the_order_of_seeds(modules, tmp_path):
+    results = modules["results"].Results(tmp_path)
+    for seed in (2, 0, 1):
+        results.add("bbc, as ever", seed, {"B": 50.0 + seed, "P + X": 60.0})
+    results.add("bbc, own classes", 0, {"B": 50.0, "P + X": 61.0})
+    lines = modules["leads"].table(results, "bbc").splitlines()
+    assert lines[0] == "|  | as ever | own classes |"
+    assert lines[2] == "| B | 51.0 (50.0, 51.0, 52.0) | 50.0 (50.0) |"
+    assert lines[3] == "| P + X | 60.0 (60.0, 60.0, 60.0) | 61.0 (61.0) |"
