@@ -36,10 +36,10 @@ PLAIN, OWN_CLASSES = "as ever", "own classes"
 TRAININGS = (PLAIN, OWN_CLASSES)
 """Whether clients leave classes that they lack out of the softmax."""
 HEAD = "classifier."
-HEADS = ("another head", "a head of zeros")
+ANOTHER_HEAD = "another head"
 """The public model's head is not that which the owner's began with; clients train as ever."""
 WAYS = {
-    "bbc": (*TRAININGS, *HEADS), "newsgroups": TRAININGS, "digits": TRAININGS,
+    "bbc": (*TRAININGS, ANOTHER_HEAD), "newsgroups": TRAININGS, "digits": TRAININGS,
 }  # fmt: skip
 JUDGES = ("that B was not tuned on", "that it was tuned on")
 PROJECTIONS = (1.25, 1.5)
@@ -99,11 +99,11 @@ def tried(scene: Scene, seed: int, begun: str) -> dict[str, Any]:
 
 
 def with_head(public: nn.Module, begun: str, seed: int) -> nn.Module:
-    """A copy of the public model, with one of `HEADS` if it is told."""
+    """A copy of the public model, with another head if that is told."""
     model: Any = copy.deepcopy(public)
-    if begun in HEADS:
+    if begun == ANOTHER_HEAD:
         torch.manual_seed(seed + 1000)
-        nn.init.normal_(model.classifier.weight, std=0.02 if begun == HEADS[0] else 0.0)
+        nn.init.normal_(model.classifier.weight, std=0.02)
         nn.init.zeros_(model.classifier.bias)
     return model
 
@@ -188,7 +188,7 @@ def main() -> None:
     results = Results(options.out)
     leads = [
         Lead(name, seed, way)
-        for way in (*TRAININGS, *HEADS)
+        for way in (*TRAININGS, ANOTHER_HEAD)
         for seed in options.seeds
         for name in options.scenes
         if way in WAYS[name]
