@@ -165,7 +165,7 @@ class TestTheOwnerRepeatsHisTuning:
             with pytest.raises(CheckpointError, match="configuration"):
                 toys.federation(own, **other, **run).run(2, resume=True)
 
-    def test_his_rows_and_settings_are_looked_atfirst(self):
+    def test_his_rows_and_settings_are_looked_at_first(self):
         run = {"public": toys.mlp(), **OWNER}
         with pytest.raises(DataError, match="the rows of the owner's tuning"):
             toys.federation(toys.mlp(), tuning=Tuning([{"image": 1}], toys.Training()), **run)
