@@ -30,13 +30,6 @@ def _ready(message: Message, context: Context) -> Message:
     return Message(content=RecordDict(), reply_to=message)
 
 
-@client.train()
-def _proxy(message: Message, context: Context) -> Message:
-    from fedveil.flower import apps
-
-    return apps.client(message, context)
-
-
 @client.train("plain")
 def _plain(message: Message, context: Context) -> Message:
     """FedAvg as in Flower's tutorials: the whole model down, the whole model up."""
@@ -70,9 +63,6 @@ def _main(grid: Grid, context: Context) -> None:
     spans["train.plain"] = [
         _round(grid, nodes, "train.plain", ArrayRecord(model.state_dict())) for _ in range(times)
     ]
-    began = time.time()
-    apps.run(config, grid)
-    spans["fedveil"] = [(began, time.time())]
     Path(os.environ["FEDVEIL_BENCH_OUT"]).write_text(json.dumps(spans))
 
 

@@ -5,6 +5,12 @@ from deploy_samples import FILE, NET
 import toys
 
 
+@pytest.fixture(autouse=True)
+def settings(tmp_path_factory, monkeypatch):
+    """A home for a client's approvals, which is not that of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+
+
 @pytest.fixture
 def folder(tmp_path):
     """An owner's file, model and test set."""

@@ -1,17 +1,13 @@
 """A deployment at work: a SuperLink, three SuperNodes, TLS and keys, in processes of their own."""
 
 import dataclasses
-import os
-import signal
-import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from deploy_machines import Machines, free_port
 
 import toys
 from fedveil.config import build, load_config
@@ -37,7 +33,7 @@ num_labels = 5
 steps = 2
 batch_size = 4
 [federation]
-rounds = 2
+rounds = 3
 """
 DATA = """
 [data]
@@ -54,81 +50,12 @@ give_up = 200
 """
 
 
-class Machines:
-    """The programs of a deployment, each found again by its folder."""
-
-    def __init__(self, folder):
-        self.folder, self.logs, self.started = folder, [], []
-
-    def start(self, program, *words, **settings):
-        """Start a program as its user would; what it prints is kept."""
-        log = self.folder / f"{len(self.logs)}.log"
-        self.logs.append(log)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **settings}
-        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [program, *words], stdout=file, stderr=file, env=environment, cwd=self.folder,
-                start_new_session=True,
-            )  # fmt: skip
-        self.started.append(process)
-        return process
-
-    def find(self, folder, word):
-        """Ids of processes of one folder's programs that have a word in their command."""
-        home = f"FLWR_HOME={folder / 'flwr'}".encode()
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (process / "cmdline").read_bytes()
-                if word.encode() in command and home in (process / "environ").read_bytes():
-                    found.append(int(process.name))
-            except OSError:
-                continue  # it has just ended, or is not ours
-        return found
-
-    def kill(self, folder, word):
-        """Kill programs with -9; whether there were any."""
-        found = self.find(folder, word)
-        for number in found:
-            try:
-                os.kill(number, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        return bool(found)
-
-    def wait(self, for_what, condition, seconds=120.0):
-        """Wait until something is so."""
-        last = time.monotonic() + seconds
-        while not (found := condition()):
-            if time.monotonic() > last:
-                raise AssertionError(f"{for_what}: not in {seconds:.0f} s\n{self.told()}")
-            time.sleep(0.2)
-        return found
-
-    def told(self):
-        """The end of everything that was printed."""
-        return "\n".join(f"{log.name}: {log.read_text()[-1500:]}" for log in self.logs)
-
-    def close(self):
-        """End everything: what was started, then what that started."""
-        for process in self.started:
-            process.kill()
-            process.wait()
-        for folder in self.folder.glob("deployment/*"):
-            while self.kill(folder, ""):
-                time.sleep(0.1)
-
-
 @pytest.fixture
 def machines(tmp_path):
     """An owner's and three clients' folders, ready to be started."""
     write_files(tmp_path)
     config = load_config(tmp_path / "federation.toml")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    write_deployment(config, Address("127.0.0.1", port), tmp_path / "deployment")
+    write_deployment(config, Address("127.0.0.1", free_port()), tmp_path / "deployment")
     for name in NAMES:
         rows = (tmp_path / f"{name}.csv").read_text()
         (tmp_path / "deployment" / name / "data.csv").write_text(rows)
@@ -178,17 +105,22 @@ def records(folder):
 
 def test_a_federation_survives_what_happens_to_its_programs(machines):
     folder = machines.folder
-    owner, first, _, third = (folder / "deployment" / n for n in ("owner", *NAMES))
+    owner, first, second, third = (folder / "deployment" / n for n in ("owner", *NAMES))
     machines.start(owner / "superlink.sh")
-    nodes = []
-    for name in NAMES:
-        settings = {"FEDVEIL_PORT": str(free_port()), "FEDVEIL_RETRY": "1"}
-        nodes.append(machines.start(folder / "deployment" / name / "supernode.sh", **settings))
+    nodes = [machines.start_node(name) for name in NAMES]
+    programs = {}
+    for node, name in zip(nodes, NAMES, strict=True):
+        machines.wait("readiness", lambda n=node: "is ready" in machines.log_of(n))
+        (programs[name],) = machines.find(folder / "deployment" / name, "fedveil partner run")
+    # Whose program holds still has a message that nobody answers, for as long as it takes.
+    machines.freeze(third)
+    machines.freeze(first)
     run = machines.start(owner / "start.sh")
 
-    # In round 1 a SuperNode is killed while it trains; what systemd does, its script does.
-    machines.wait("training", lambda: machines.find(third, "flwr-clientapp"))
+    # In round 1 a SuperNode is killed while it has a message; what systemd does, its script does.
+    machines.wait("a message", lambda: "Receiving: train" in machines.log_of(nodes[2]))
     assert machines.kill(third, "flower-supernode")
+    machines.freeze(third, go_on=True)
 
     # Meanwhile strangers come: with a key that nobody registered, and with one that is in use.
     write_node_key(folder / "stranger.key", folder / "stranger.pub", "stranger")
@@ -196,34 +128,47 @@ def test_a_federation_survives_what_happens_to_its_programs(machines):
         assert refused(machines, first, key), machines.told()
 
     # In round 2 the owner's program is killed, and started again.
+    machines.freeze(first, go_on=True)
     machines.wait("round 1", lambda: len(records(folder)) == 1, 200)
-    machines.wait("round 2", lambda: machines.find(first, "flwr-clientapp"))
+    machines.freeze(first)
+    machines.wait("round 2", lambda: machines.log_of(nodes[0]).count("Receiving: train") == 2)
+    machines.wait("answers", lambda: machines.log_of(nodes[1]).count("Sent successfully") == 2)
     assert machines.kill(owner, "flwr-serverapp")
     run.kill()
-    assert machines.start(owner / "start.sh").wait(200) == 0
+    again = machines.start(owner / "start.sh")
 
-    # Who stops a SuperNode's script stops the SuperNode.
+    # In round 3 a client's program is killed, which has not answered yet.
+    machines.wait("answers", lambda: machines.log_of(nodes[1]).count("Sent successfully") == 3)
+    machines.freeze(second)
+    machines.freeze(first, go_on=True)
+    machines.wait("round 2", lambda: len(records(folder)) == 2, 200)
+    machines.wait("round 3", lambda: machines.log_of(nodes[1]).count("Receiving: train") == 4)
+    assert machines.kill(second, "fedveil partner run")
+    assert again.wait(200) == 0, machines.told()
+
+    # No process was started for a message, and whoever was not killed is who it was.
+    for name, folder_of in (("clinic-1", first), ("clinic-3", third)):
+        assert machines.find(folder_of, "fedveil partner run") == [programs[name]]
+        assert not machines.find(folder_of, "flwr-clientapp")
+    machines.wait("its return", lambda: machines.find(second, "fedveil partner run"))
+
+    # Who stops a client's script stops both programs.
     nodes[0].terminate()
     assert nodes[0].wait(60) == 0
-    machines.wait("the end of a SuperNode", lambda: not machines.find(first, "flower-supernode"))
+    machines.wait("the end of a client", lambda: not machines.find(first, ""))
 
-    one, two = records(folder)
+    one, two, three = records(folder)
     assert set(one["failed"]) == {"clinic-3"}, machines.told()
     assert not two["failed"], machines.told()
     assert set(two["bytes_up"]) == set(NAMES)
-    assert "your tuned model" in machines.logs[-1].read_text()
+    assert set(three["failed"]) == {"clinic-2"}, machines.told()
+    assert "your tuned model" in machines.log_of(again)
 
-    # The same, on one machine, without the update that was lost.
+    # The same, on one machine, without the updates that were lost.
     local = build(load_config(folder / "local.toml"))
-    crew = Absent(local.workplace(), rounds=(one["failed"], two["failed"]))
-    expected = toys.weights(local.run(2, crew=crew).global_model)
+    crew = Absent(local.workplace(), rounds=tuple(one["failed"] for one in (one, two, three)))
+    expected = toys.weights(local.run(3, crew=crew).global_model)
     assert toys.same(dict(open_shards(folder / "runs" / "federation" / "model")), expected)
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def refused(machines, folder, key):
@@ -232,7 +177,7 @@ def refused(machines, folder, key):
     node = machines.start(
         "flower-supernode", "--root-certificates", str(folder / "ca.crt"), "--superlink", address,
         "--auth-supernode-private-key", str(key), "--host", "127.0.0.1",
-        "--port", str(free_port()), "--node-config", f'fedveil="{folder / "partner.toml"}"',
+        "--port", str(free_port()), "--isolation", "process",
         FLWR_HOME=str(machines.folder / "deployment" / "stranger" / "flwr"),
         FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1",
     )  # fmt: skip

@@ -7,6 +7,7 @@ from cryptography.hazmat.primitives import serialization
 import toys
 from fedveil.config import build, load_config
 from fedveil.deploy import Address, write_deployment
+from fedveil.deploy.checking import Survey
 from fedveil.errors import ConfigurationError
 from fedveil.flower import apps
 from fedveil.shards import open_shards
@@ -37,6 +38,7 @@ def grid(folder):
         own = folder / "deployment" / name / "partner.toml"
         put(own.parent / "data.parquet", number)
         own.write_text(own.read_text().replace("data.csv", "data.parquet"))
+        Survey.of(load_config(own)).approve()
         key = pem(folder / "deployment" / "owner" / "keys" / f"{name}.pub")
         nodes[10 + number] = Node(apps.client, key, {"fedveil": str(own)})
     nodes[99] = Node(None, b"a stranger's key")

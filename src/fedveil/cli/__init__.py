@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fedveil.errors import FedveilError
+from fedveil.errors import FedveilError, FedveilWarning
 
 __all__ = ["Debug", "File", "app", "complain", "main", "say", "wide_console"]
 
@@ -69,7 +72,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0, or the error's code after one clear message on stderr."""
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
-    app(arguments, prog_name="fedveil")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", FedveilWarning)
+        warnings.showwarning = partial(_show_warning, set())
+        app(arguments, prog_name="fedveil")
+
+
+def _show_warning(
+    told: set[str],
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are meant for whoever runs a command; others for who wrote the library."""
+    if issubclass(category, FedveilWarning):
+        if str(message) not in told:
+            complain("warning", str(message))
+        told.add(str(message))
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        (file or sys.stderr).write(text)
 
 
 def complain(word: str, message: str) -> None:
@@ -146,4 +171,4 @@ def wide_console() -> Console:
 
 
 # Commands register themselves, in the order in which help lists them.
-from fedveil.cli import running, models, audits, deploying  # noqa: E402, F401, I001
+from fedveil.cli import running, models, audits, deploying, partner  # noqa: E402, F401, I001

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from fedveil.config.code import Approved
 from fedveil.config.tables import RANDOM, ModelTable, is_function
 from fedveil.data.library import library, quiet_transformers
 from fedveil.errors import ConfigurationError, FedveilError
@@ -28,6 +31,7 @@ __all__ = [
     "load_untouched",
     "place_of",
     "quiet_transformers",
+    "refuse_code",
 ]
 
 _PEFT_TASKS = {
@@ -35,6 +39,10 @@ _PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
 }
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_IMPORTS = "megatron_config"
+"""The setting of an adapter with which PEFT imports a module that another setting names."""
+
 _CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
@@ -51,6 +59,7 @@ def load_model(
     *,
     seed: int,
     weights: bool = True,
+    approved: Approved | None = None,
 ) -> nn.Module:
     """The owner's model, with a head for the classes.
 
@@ -61,11 +70,14 @@ def load_model(
         folder: What paths are relative to; modules are looked for there as well.
         seed: Decides the weights that start at random: the same seed, the same model.
         weights: Whether to load weights; without them a folder needs only its config.json.
+        approved: At a client's, the code that may run there: no other does, no code that comes with
+            a model, and nothing is unpickled. None at the owner's.
 
     Raises:
-        FedveilError: It cannot be found or loaded, or has a head for other classes.
+        FedveilError: It cannot be found or loaded, or has a head for other classes; at a client's
+            also if it wants code of its own to be run, or has its weights in a pickle.
     """
-    return _load(table, task, names, folder, seed, weights)[0]
+    return _load(table, task, names, folder, seed, weights, approved)[0]
 
 
 def load_public(
@@ -95,7 +107,13 @@ def load_public(
 
 
 def _load(
-    table: ModelTable, task: str, names: Sequence[str], folder: Path, seed: int, weights: bool
+    table: ModelTable,
+    task: str,
+    names: Sequence[str],
+    folder: Path,
+    seed: int,
+    weights: bool,
+    approved: Approved | None = None,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     fresh: tuple[str, ...] = ()
     classes = table.num_labels or len(names)
@@ -109,11 +127,15 @@ def _load(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_function(table.name):
-            model = _call(find_function(table.name, folder), table.name, classes or None)
+            found = approved.function if approved else partial(find_function, folder=folder)
+            model = _call(found(table.name), table.name, classes or None)
             model = model.to(getattr(torch, table.dtype))
         else:
             place = place_of(table.name, folder)
-            model, fresh = _load_pretrained(table, task, names, classes, place, weights)
+            guarded = approved is not None
+            model, fresh = _load_pretrained(table, task, names, classes, place, weights, guarded)
+        if approved is not None:
+            _refuse_imports(table, folder)
         if table.adapter is not None:
             model = load_adapter(model, folder / Path(table.adapter).expanduser())
         elif table.lora is not None:
@@ -206,11 +228,24 @@ def _last_line(error: BaseException) -> str:
     return (lines[-1] if lines else type(error).__name__)[:200]
 
 
-def load_tokenizer(name: str, folder: Path) -> Any:
-    """A tokenizer that can pad, from a folder or the hub."""
+def load_tokenizer(name: str, folder: Path, *, guarded: bool = False) -> Any:
+    """A tokenizer that can pad, from a folder or the hub.
+
+    Args:
+        name: What it is called.
+        folder: What paths are relative to.
+        guarded: Refuse one that wants code of its own to be run: at a client's.
+
+    Raises:
+        FedveilError: It cannot be found or loaded, or is refused.
+    """
     place = place_of(name, folder)
     with quiet_transformers() as transformers, _explained("tokenizer", place):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        if guarded:
+            tokenizers = transformers.models.auto.tokenization_auto
+            refuse_code(tokenizers.get_tokenizer_config(place, trust_remote_code=False), place)
+        trust = {"trust_remote_code": False} if guarded else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **trust)
         if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -300,18 +335,27 @@ def _load_pretrained(
     classes: int,
     place: str,
     weights: bool,
+    guarded: bool,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model, and patterns of what begins at random in it."""
     words: dict[str, Any] = {"num_labels": classes} if classes else {}
+    if guarded:
+        words["trust_remote_code"] = False
     if classes and classes == len(names):
         words["id2label"] = dict(enumerate(names))
         words["label2id"] = {name: number for number, name in enumerate(names)}
     with quiet_transformers() as transformers, _explained("model", place):
         kind = getattr(transformers, _CLASSES[task])
+        if guarded:
+            refuse_code(transformers.PretrainedConfig.get_config_dict(place)[0], place)
         if not weights:
             config = transformers.AutoConfig.from_pretrained(place, **words)
-            bare: nn.Module = kind.from_config(config, dtype=getattr(torch, table.dtype))
+            trust = {"trust_remote_code": False} if guarded else {}
+            bare: nn.Module = kind.from_config(config, dtype=getattr(torch, table.dtype), **trust)
             return bare, ()
+        if guarded:
+            _refuse_pickles(Path(place), "*.safetensors")
+            words["use_safetensors"] = True
         model, info = kind.from_pretrained(
             place,
             dtype=getattr(torch, table.dtype),
@@ -322,6 +366,71 @@ def _load_pretrained(
         new = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
         # An adapter puts more before the names, and after the modules.
         return model, tuple(sorted({f"*{name.rpartition('.')[0]}.*" for name in new}))
+
+
+def refuse_code(settings: Any, place: str) -> None:
+    """Raise if a config.json or tokenizer_config.json names code that would come with it.
+
+    Args:
+        settings: Its content.
+        place: The folder or hub name that it is of.
+
+    Raises:
+        ConfigurationError: It does: a class in a file of its own, or a kernel to be fetched.
+    """
+    if isinstance(settings, Mapping):
+        kernel = str(settings.get("attn_implementation") or settings.get("_attn_implementation"))
+        fetched = "/" in kernel
+        if settings.get("auto_map") or fetched:
+            raise ConfigurationError(
+                "The model brings code of its own, which is not run here",
+                expected="a model of a class that the installed transformers has",
+                found=f"the kernel {kernel[:80]!r}" if fetched else '"auto_map"',
+                where=place,
+                fix="Ask the owner for a model without it.",
+            )
+        settings = list(settings.values())
+    if isinstance(settings, list):
+        for one in settings:
+            refuse_code(one, place)
+
+
+def _refuse_pickles(folder: Path, wanted: str) -> None:
+    """Raise for a folder whose weights only a pickle has; the hub's are refused by transformers."""
+    if not folder.is_dir() or any(folder.glob(wanted)):
+        return
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    raise ConfigurationError(
+        "The model's weights are in no file that may be read here: nothing is unpickled",
+        expected=wanted,
+        found=", ".join(found[:3]) or "no weights",
+        where=str(folder),
+        fix="Whoever has the model converts it: save_pretrained(folder) writes safetensors.",
+    )
+
+
+def _refuse_imports(table: ModelTable, folder: Path) -> None:
+    """Raise for an adapter that names a module to import, or that is a pickle."""
+    settings, where = table.lora, "[model.lora]"
+    if table.adapter is not None:
+        place = folder / Path(table.adapter).expanduser()
+        where = str(place)
+        if not (place / "adapter_config.json").is_file():
+            return  # which is said where it is loaded
+        _refuse_pickles(place, "adapter_model.safetensors")
+        try:
+            settings = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigurationError(
+                "An adapter's settings cannot be read", found=str(error)[:200], where=where
+            ) from error
+    if isinstance(settings, Mapping) and settings.get(_IMPORTS):
+        raise ConfigurationError(
+            "The adapter names a module to import, which is not done here",
+            expected=f"no {_IMPORTS}",
+            found=_IMPORTS,
+            where=where,
+        )
 
 
 @contextmanager

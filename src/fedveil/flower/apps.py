@@ -1,7 +1,10 @@
-"""The two programs that Flower starts on each machine: `fedveil.flower.apps:server`, `:client`.
+"""The two programs that a fedveil federation's app names: `fedveil.flower.apps:server`, `:client`.
 
-Flower installs an app's code and settings on every node, so there is neither in the app: programs
-are those of the installed library, and what each has is in a file on its own machine.
+Flower copies an app's code and settings to every node, so there is neither in the app: programs
+are those of the installed library, and what each has is in a file on its own machine. Flower starts
+the owner's. The client's is not started by the scripts of `fedveil deploy init`, which let nothing
+of an app decide what runs (:mod:`fedveil.flower.serving`): it is for SuperNodes of one's own, which
+install and start whatever app they are sent.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedveil.config import Config, build, build_workplace, load_config, save_model
 from fedveil.engine.patience import Patience
+from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import ConfigurationError
 from fedveil.federation import Result
 from fedveil.flower.client import Partner, client_app
@@ -53,13 +57,16 @@ def run(config: Config, grid: Grid) -> Result:
     patience = Patience(table.deadline, table.quorum, table.give_up)
     # What is printed here the owner sees: Flower passes it on to where the run was started.
     with (
+        RunFolder(config.out).held() as place,
         ConsoleProgress() as progress,
         watched(progress, config.out, config.federation.track) as observer,
     ):
+        place.check(["model"])  # it must not turn out at the end that something is there
         crew = FlowerCrew(grid, directory, patience, progress.waiting)
         federation = build(config, observer=observer)
         result = federation.run(config.federation.rounds, resume=True, crew=crew)
-    print(f"your tuned model: {save_model(config, result.global_model)}")
+        model = save_model(config, result.global_model)
+    print(f"your tuned model: {model}")
     return result
 
 

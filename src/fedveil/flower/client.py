@@ -43,7 +43,8 @@ def client_app(partner: Callable[[Context], Partner]) -> ClientApp:
     quote the client's data. The client's own log has it all.
 
     Args:
-        partner: Finds what this client has; called for every message, in a new process each.
+        partner: Finds what this client has; called for every message; Flower's own programs are
+            a new process each.
 
     Does NOT protect the client's data from the server: see the scheme.
     """
