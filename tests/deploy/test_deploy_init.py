@@ -19,6 +19,7 @@ import toys
 from fedveil.aggregation import RegMean
 from fedveil.config import build, build_workplace, load_config
 from fedveil.deploy import Address, write_deployment
+from fedveil.deploy.checking import Survey
 from fedveil.errors import ConfigurationError
 from fedveil.schemes import FedAvg, FedQSN
 
@@ -68,6 +69,7 @@ def test_clients_get_nothing_of_the_servers(folder):
     shown = "".join(
         path.read_text() for path in partner.rglob("*") if path.suffix in {".toml", ".sh", ".md"}
     )
+    shown = shown.replace("--superexec-auth-secret-file", "")  # between two programs of the client
     for word in (
         "client_mask",
         "server_mask",
@@ -95,6 +97,7 @@ def test_a_clients_file_makes_what_the_owners_makes(folder):
     rows = [{"image": r["image"].tolist(), "label": r["label"]} for r in toys.rows(9)]
     datasets.Dataset.from_list(rows).to_parquet(partner / "data.parquet")
     toml.write_text(toml.read_text().replace("data.csv", "data.parquet"))
+    Survey.of(load_config(toml)).approve()
     place, owner = build_workplace(load_config(toml)), load_config(folder / "federation.toml")
     assert list(place.trainers) == ["clinic-1"]
     assert place.trainers["clinic-1"].examples == 9
@@ -223,7 +226,8 @@ def test_where_a_random_initialization_is_released_clients_get_the_architecture(
     datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
     text = FILE.format(model="in-house", task="text-classification")
     text = text.replace("[data]", '[data]\nmax_length = 8\nowner = "test.parquet"')
-    text = text.replace('name = "in-house"', 'name = "in-house"\npublic = "random"')
+    both = 'name = "in-house"\ntokenizer = "in-house"\npublic = "random"'
+    text = text.replace('name = "in-house"', both)
     text = text.replace("[data]", '[data]\ntuned = "test.parquet"')
     (folder / "federation.toml").write_text(text + "\n[tuning]\nsteps = 3\n")
     _, partner, _ = write(folder)
@@ -252,11 +256,12 @@ class TestContainers:
 
     def test_everything_that_is_named_is_there(self, folder):
         for one in write(folder):
-            services = yaml.safe_load((one / "compose.yaml").read_text())["services"]
+            compose = yaml.safe_load((one / "compose.yaml").read_text())
+            services, volumes = compose["services"], compose.get("volumes", {})
             for service in services.values():
                 for mount in service["volumes"]:
-                    inner = one / mount.split(":")[0]
-                    assert inner.exists()
+                    source = mount.split(":")[0]
+                    assert (one / source).exists() or source in volumes
                 if service.get("build"):
                     (command,) = service["command"]
                     assert os.access(one / command, os.X_OK)
@@ -279,6 +284,15 @@ class TestContainers:
             assert wanted[1] == fedveil.__version__
             known = {"FROM", "ARG", "RUN", "ENV"}
             assert {line.split()[0] for line in lines if not line.startswith("#")} <= known
+
+    def test_what_a_client_approved_is_kept_beside_its_folder_and_not_in_it(self, folder):
+        """A container's own disk is new every time, and its folder is the owner's work."""
+        _, partner, _ = write(folder)
+        service = yaml.safe_load((partner / "compose.yaml").read_text())["services"]["supernode"]
+        mounts = dict(mount.split(":") for mount in service["volumes"])
+        (home,) = re.findall(r"XDG_CONFIG_HOME=(\S+)", (partner / "Dockerfile").read_text())
+        assert mounts["approvals"] == home
+        assert not home.startswith(mounts["."])
 
     def test_on_one_machine_there_are_none(self, folder):
         for one in write(folder, "127.0.0.1"):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from fedveil.config.code import Approved
 from fedveil.config.file import Config
 from fedveil.config.models import find_function, load_model, load_public, load_tokenizer
 from fedveil.config.sources import load_rows, load_test
-from fedveil.config.tables import is_function
+from fedveil.config.tables import RANDOM, is_function
+from fedveil.drawing import KeyedDraws
 from fedveil.engine import Observer
-from fedveil.engine.in_process import Workplace
+from fedveil.engine.in_process import Workplace, bare_architecture
 from fedveil.engine.memory import ClientFiles
 from fedveil.errors import ConfigurationError
 from fedveil.federation import Federation, Remote, Tuning
 from fedveil.secret import Secret
-from fedveil.state import architecture_of
 from fedveil.training import (
     Answers,
     CausalLM,
@@ -29,8 +33,18 @@ from fedveil.training import (
 )
 from fedveil.training.modes import on_device
 from fedveil.training.tasks import longest_input
+from fedveil.wire import Limits
 
-__all__ = ["answer_test", "build", "build_workplace", "open_secret"]
+__all__ = [
+    "answer_test",
+    "build",
+    "build_workplace",
+    "open_secret",
+    "public_brings_tokenizer",
+    "tokenizer_name",
+]
+
+_TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|sentencepiece|bpe|\.model$")
 
 
 def build(config: Config, *, observer: Observer | None = None) -> Federation:
@@ -54,8 +68,11 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
             fix="A client's SuperNode reads it.",
         )
     rows = load_rows(config)
-    folder, seed = config.path.parent, config.federation.seed
-    model = load_model(config.model, config.data.task, rows.names, folder, seed=seed)
+    folder, seed, secret = config.path.parent, config.federation.seed, open_secret(config)
+    # What begins at random must follow from no number that a client could guess.
+    with KeyedDraws(secret, "initial weights", seed):
+        hidden = int(secret.words(1, "initial weights", seed)[0] >> 1)
+        model = load_model(config.model, config.data.task, rows.names, folder, seed=hidden)
     public: nn.Module | None = None
     fresh: tuple[str, ...] = ()
     if config.model.public is not None:
@@ -83,22 +100,34 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
         clients_per_round=config.federation.clients_per_round,
         releases=config.federation.releases,
         exposure_limit=config.federation.exposure_limit,
-        secret=open_secret(config),
+        bounds=config.bounds,
+        secret=secret,
         seed=seed,
         workers=config.federation.workers,
         out=config.out,
         keep_messages=config.federation.keep_messages,
+        checkpoints=config.federation.checkpoints,
+        limits=_limits(config.federation.max_reply_mb),
         observer=observer,
     )
     federation.config_file = config.path.absolute()
     return federation
 
 
+def _limits(max_reply_mb: int | None) -> Limits | None:
+    """How much a reply may be, if the file says."""
+    return None if max_reply_mb is None else Limits(max_bytes=max_reply_mb * 10**6)
+
+
 def build_workplace(config: Config) -> Workplace:
     """What a client has, of its own file: no weights, whatever lies beside the architecture.
 
+    Whoever wrote the file decides nothing here that the client did not approve: code that it names
+    runs only if its bytes are approved (:mod:`fedveil.config.code`), code that comes with a model
+    never does, and nothing is unpickled.
+
     Raises:
-        ConfigurationError: It is an owner's file.
+        ConfigurationError: It is an owner's file, or something would run that is not approved.
         FedveilError: Data or architecture cannot be found or do not fit together.
     """
     if config.partner is None:
@@ -108,15 +137,18 @@ def build_workplace(config: Config) -> Workplace:
             found="none",
             where=str(config.path),
         )
+    approved = Approved(config)
     rows, folder = load_rows(config), config.path.parent
     # Weights are read only where clients hold them, too.
     hold = config.scheme.clients_hold_rest
-    model = load_model(config.model, config.data.task, rows.names, folder, seed=0, weights=hold)
-    task, name = _task(config, model, len(rows.names)), config.partner.name
+    model = load_model(
+        config.model, config.data.task, rows.names, folder, seed=0, weights=hold, approved=approved
+    )
+    task, name = _task(config, model, len(rows.names), approved), config.partner.name
     side = config.scheme.client()
     memories = ClientFiles(config.resolve(config.partner.memory)) if side.remembers else None
     trainer = Trainer(task, task.prepare(rows.clients[name]), config.training)
-    bare = architecture_of(model, zero=config.scheme.tensors(model))
+    bare = bare_architecture(config.scheme, model)
     return Workplace(bare, side, task, {name: trainer}, None, memories)
 
 
@@ -145,12 +177,19 @@ def open_secret(config: Config) -> Secret:
 
 
 def tokenizer_name(config: Config) -> str:
-    """Where the tokenizer is: with the model, unless the file says otherwise.
+    """Where the tokenizer is that owner and clients use.
+
+    With what clients are sent a proxy of, unless the file says otherwise: the public model, if one
+    is released and brings a tokenizer, since its tokens are what it was trained on and what anybody
+    may have. Else with the owner's model.
 
     Raises:
         ConfigurationError: The model is made by a function, so nothing is with it.
     """
-    name = config.model.tokenizer or config.model.name
+    name = config.model.tokenizer or (
+        config.model.public if public_brings_tokenizer(config) else config.model.name
+    )
+    assert name is not None
     if is_function(name):
         raise ConfigurationError(
             "A model that a function makes brings no tokenizer",
@@ -160,15 +199,31 @@ def tokenizer_name(config: Config) -> str:
     return name
 
 
-def _task(config: Config, model: nn.Module, classes: int) -> Task:
+def public_brings_tokenizer(config: Config) -> bool:
+    """Whether there is a public model with a tokenizer of its own.
+
+    Of a folder its files tell: transformers makes a tokenizer without any vocabulary where there
+    are none.
+    """
+    public = config.model.public
+    if public is None or public == RANDOM:
+        return False
+    place = config.path.parent / Path(public).expanduser()
+    if is_function(public) or not place.is_dir():
+        return True  # a name on the hub, or one of which the error tells
+    return any(_TOKENIZER_FILE.search(path.name) for path in place.iterdir())
+
+
+def _task(config: Config, model: nn.Module, classes: int, approved: Approved | None = None) -> Task:
     data, folder = config.data, config.path.parent
     classes = config.model.num_labels or classes
     if data.task == "image-classification":
-        transform = find_function(data.transform, folder) if data.transform else None
+        found = approved.function if approved else partial(find_function, folder=folder)
+        transform = found(data.transform) if data.transform else None
         return ImageClassification(
             image=data.image, label=data.label, num_labels=classes, transform=transform
         )
-    tokenizer = load_tokenizer(tokenizer_name(config), folder)
+    tokenizer = load_tokenizer(tokenizer_name(config), folder, guarded=approved is not None)
     _agree(tokenizer, model, config)
     if not data.has_classes:
         kind = CausalLM if data.task == "causal-lm" else Seq2Seq
@@ -193,10 +248,11 @@ def _task(config: Config, model: nn.Module, classes: int) -> Task:
 
 
 def _agree(tokenizer: Any, model: nn.Module, config: Config) -> None:
-    """Padding and length as the model needs them."""
+    """Padding, vocabulary and length as the model needs them."""
     own: Any = getattr(model, "config", None)
     if own is None:
         return
+    _check_vocabulary(tokenizer, model, config)
     if getattr(own, "pad_token_id", None) is None:
         own.pad_token_id = tokenizer.pad_token_id
     longest = longest_input(model)
@@ -207,3 +263,25 @@ def _agree(tokenizer: Any, model: nn.Module, config: Config) -> None:
             found=str(config.data.max_length),
             where=f"{config.path.name}: [data] max_length",
         )
+
+
+def _check_vocabulary(tokenizer: Any, model: nn.Module, config: Config) -> None:
+    """Refuse a tokenizer with tokens of which the model knows nothing."""
+    rows = _embedded(model)
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if rows is not None and last >= rows:
+        raise ConfigurationError(
+            "The tokenizer is of another model: it has tokens that the model has no embedding of",
+            expected=f"at most {rows} tokens",
+            found=str(last + 1),
+            where=f"{config.path.name}: {tokenizer_name(config)}",
+            fix="Take the tokenizer that the model was made with (tokenizer in [model]).",
+        )
+
+
+def _embedded(model: nn.Module) -> int | None:
+    """Of how many tokens a model has embeddings; None if it does not say."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None

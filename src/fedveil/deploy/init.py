@@ -17,17 +17,25 @@ from typing import Any
 from torch import nn
 
 from fedveil.config import Config, build, open_secret
-from fedveil.config.building import tokenizer_name
-from fedveil.config.models import load_tokenizer, quiet_transformers
 from fedveil.config.tables import RANDOM, is_function
+from fedveil.deploy.architecture import (
+    check_tokenizer,
+    given_to_clients,
+    save_architecture,
+    save_tokenizer,
+)
 from fedveil.deploy.files import write_program, write_public
+from fedveil.deploy.functions import check_function
 from fedveil.deploy.keys import write_certificates, write_node_key
 from fedveil.errors import ConfigurationError
 
-__all__ = ["Address", "write_deployment"]
+__all__ = ["PROGRAMS", "Address", "programs_of", "write_deployment"]
 
-_ARCHITECTURE = "architecture"
+_ARCHITECTURE, _TOKENIZER = "architecture", "tokenizer"
 _CONTAINERS = ("Dockerfile", "compose.yaml")
+PROGRAMS = ("supernode.sh", "supernode.service", *_CONTAINERS)
+"""A client's files that are run, or say what is run."""
+_OF_THE_OWNERS_BASE = ("auto_mapping", "base_model_name_or_path", "revision")
 _DATA = ("task", "text", "text_pair", "image", "label", "labels", "max_length",
          "transform", "prompt", "completion", "messages", "label_smoothing")  # fmt: skip
 
@@ -98,7 +106,9 @@ def write_deployment(config: Config, address: Address, out: Path) -> list[Path]:
             found=repr(config.partners.keys),
             where=str(config.path),
         )
+    check_tokenizer(config)
     model = build(config).released  # says now what is wrong with the file
+    check_function(config, model)
     open_secret(config)
     certificate = write_certificates(owner / "tls", address.host)
     _write_owner(config, address, owner)
@@ -124,6 +134,8 @@ def _write_owner(config: Config, address: Address, owner: Path) -> None:
         "ca": (owner / "tls" / "ca.crt").absolute(),
         "folder": owner.absolute(),
         "names": ", ".join(config.partners.names),
+        "given": "\n".join(f"- {line}" for line in given_to_clients(config))
+        or "- nothing of yours",
         "out": config.out,
         "secret": config.secret_path,
         **_container_words(address),
@@ -144,17 +156,37 @@ def _write_partner(
     config: Config, address: Address, model: nn.Module, name: str, folder: Path
 ) -> None:
     words = {"name": name, "superlink": address.superlink, **_container_words(address)}
-    write_program(folder / "supernode.sh", _filled("partner/supernode.sh", words))
-    for file in ("supernode.service", "README.md", *(() if address.is_local else _CONTAINERS)):
-        write_public(folder / file, _filled(f"partner/{file}", words))
+    for file, text in programs_of(name, address.superlink).items():
+        if file.endswith(".sh"):
+            write_program(folder / file, text)
+        elif not address.is_local or file not in _CONTAINERS:
+            write_public(folder / file, text)
+    write_public(folder / "README.md", _filled("partner/README.md", words))
     write_public(folder / "partner.toml", _partner_file(config, name))
-    module = config.path.parent / f"{_released(config).partition(':')[0]}.py"
     if _is_saved(config):
-        _save_architecture(config, model, folder / _ARCHITECTURE)
-    elif (
-        is_function(_released(config)) and module.is_file()
-    ):  # else the function is of an installed package
+        save_architecture(config, model, folder / _ARCHITECTURE)
+    elif _is_tokenizer_saved(config):
+        save_tokenizer(config, folder / _TOKENIZER)
+    for module in _modules(config):
         write_public(folder / module.name, module.read_bytes())
+
+
+def _modules(config: Config) -> set[Path]:
+    """Files of code that a client's settings name; other functions are of installed packages."""
+    names = [name for name in (_released(config), config.data.transform) if name is not None]
+    files = (f"{name.partition(':')[0]}.py" for name in names if is_function(name))
+    return {config.path.parent / file for file in files if (config.path.parent / file).is_file()}
+
+
+def programs_of(name: str, superlink: str) -> dict[str, str]:
+    """A client's files that are run, or say what is run, as this fedveil writes them.
+
+    Args:
+        name: What the owner calls the client.
+        superlink: The "host:port" that its SuperNode connects to.
+    """
+    words = {"name": name, "superlink": superlink, "version": version("fedveil")}
+    return {file: _filled(f"partner/{file}", words) for file in PROGRAMS}
 
 
 def _released(config: Config) -> str:
@@ -168,25 +200,32 @@ def _is_saved(config: Config) -> bool:
     return not is_function(_released(config)) and not config.scheme.clients_hold_rest
 
 
-def _save_architecture(config: Config, model: nn.Module, folder: Path) -> None:
-    """The model's configuration and tokenizer: no weights."""
-    with quiet_transformers():
-        model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
-    if config.data.task != "image-classification":
-        load_tokenizer(tokenizer_name(config), config.path.parent).save_pretrained(folder)
+def _is_tokenizer_saved(config: Config) -> bool:
+    """Whether a tokenizer is named that is a folder of the owner's, and not known by that name."""
+    named = config.model.tokenizer
+    return named is not None and (config.path.parent / Path(named).expanduser()).is_dir()
+
+
+def _told(name: str) -> str:
+    """What clients call a model that they hold: no path of the owner's machine."""
+    path = Path(name)
+    elsewhere = path.is_absolute() or path.parts[:1] in (("..",), ("~",)) or name.startswith("~")
+    return path.name if elsewhere else name
 
 
 def _partner_file(config: Config, name: str) -> str:
     """A client's partner.toml: nothing in it that a client need not know."""
-    model: dict[str, Any] = {"name": _released(config)}
+    model: dict[str, Any] = {"name": _told(_released(config))}
     if _is_saved(config):
         model["name"] = _ARCHITECTURE
+    elif _is_tokenizer_saved(config):
+        model["tokenizer"] = _TOKENIZER
     elif config.model.tokenizer is not None:
         model["tokenizer"] = config.model.tokenizer
     if config.model.num_labels is not None:
         model["num_labels"] = config.model.num_labels
     if config.model.lora is not None:
-        model["lora"] = config.model.lora
+        model["lora"] = {k: v for k, v in config.model.lora.items() if k not in _OF_THE_OWNERS_BASE}
     if config.model.dtype != "float32":
         model["dtype"] = config.model.dtype
     data = {key: value for key, value in config.data.model_dump().items() if key in _DATA}

@@ -1,0 +1,75 @@
+"""Whether a function that makes the owner's model may be given to clients."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedveil.config import Config
+from fedveil.config.models import load_model
+from fedveil.config.tables import is_function
+from fedveil.drawing import KeyedDraws
+from fedveil.errors import ConfigurationError
+from fedveil.secret import Secret
+from fedveil.state import read_state
+
+__all__ = ["check_function"]
+
+
+def check_function(config: Config, model: nn.Module) -> None:
+    """Try a function under another secret: clients must not find the owner's weights in it.
+
+    Where clients are sent proxies of a model that a function makes, they have the function. What it
+    makes of itself, whoever calls it, they have before the first message.
+
+    Args:
+        config: The owner's.
+        model: What proxies are of.
+
+    Raises:
+        ConfigurationError: Most weights follow from the function; or clients are to hold what it
+            draws, which comes out as something else on every machine.
+    """
+    if config.model.public is not None or not is_function(config.model.name):
+        return
+    labels = config.data.labels or []
+    with KeyedDraws(Secret.generate(), "another model"):
+        again = load_model(config.model, config.data.task, labels, config.path.parent, seed=0)
+    mine, other = read_state(model), read_state(again)
+    if config.scheme.clients_hold_rest:
+        _check_held(mine, other, config.scheme.tensors(model), config)
+        return
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    varied = {n: t for n, t in mine.items() if n in trained and _varies(t)}
+    alike = sum(int((tensor == other[name]).sum()) for name, tensor in varied.items())
+    whole = sum(tensor.numel() for tensor in varied.values())
+    if 2 * alike > whole:
+        raise ConfigurationError(
+            "Clients would have your model's weights before the first message",
+            expected="a function that draws weights by PyTorch's samplers",
+            found=f"{alike:,} of {whole:,} numbers that come out the same under every secret",
+            where=f"{config.path.name}: [model] {config.model.name}",
+            fix="It goes to clients as it is. Let it draw its weights, or save the model as a "
+            "folder for transformers, of which clients get the architecture alone.",
+        )
+
+
+def _check_held(
+    mine: Mapping[str, Tensor], other: Mapping[str, Tensor], sent: Collection[str], config: Config
+) -> None:
+    for name, tensor in mine.items():
+        if name not in sent and not torch.equal(tensor, other[name]):
+            raise ConfigurationError(
+                "Clients are to hold what the function draws, which is another thing for each",
+                expected="a backbone that everybody has, under the name of a folder or on a hub",
+                found=f"{config.model.name}, which draws {name}",
+                where=f"{config.path.name}: [model]",
+                fix="Take a scheme that sends the backbone, such as fedqsn.",
+            )
+
+
+def _varies(tensor: Tensor) -> bool:
+    """Whether not all numbers are one: zeros and ones are nobody's secret."""
+    return tensor.numel() > 1 and bool((tensor != tensor.flatten()[0]).any())
