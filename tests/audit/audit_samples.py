@@ -32,9 +32,10 @@ class Recorded:
         scheme: What is run.
         spoil: Changes a message before it is sent.
         move: Changes the global model between rounds; gets the round's number and the tensors.
+        facts: What run.json states; by default what the scheme does.
     """
 
-    def __init__(self, folder, scheme, *, spoil=None, move=None, model=None):
+    def __init__(self, folder, scheme, *, spoil=None, move=None, model=None, facts=None):
         self.folder, self.scheme = Path(folder), scheme
         self.model = model or net()
         self.server = scheme.server(self.model, toys.SECRET)
@@ -43,7 +44,9 @@ class Recorded:
         self.truth = {}
         configuration = {"scheme": {"name": scheme.name, **vars(scheme)}}
         configuration["scheme"].pop("aggregation", None)
-        Manifest.of(read_state(self.model), self.server.groups, configuration).write(self.folder)
+        facts = scheme.facts() if facts is None else facts
+        tensors, groups = read_state(self.model), self.server.groups
+        Manifest.of(tensors, groups, configuration, facts=facts).write(self.folder)
 
     def play(self, rounds=3, clients=CLIENTS):
         for number in range(1, rounds + 1):

@@ -11,7 +11,7 @@ from torch import nn
 
 import fedveil
 import toys
-from fedveil.audit import Attacked, Audit, Evidence, audit
+from fedveil.audit import Attacked, Audit, Checked, Evidence, Exposure, Manifest, audit
 from fedveil.audit.attacks import between, can_forge
 from fedveil.audit.words import sentence, title
 from fedveil.errors import AuditError, ConfigurationError
@@ -215,11 +215,23 @@ class TestThePapersRecipe:
         json.loads((tmp_path / "audit.json").read_text())
 
 
-def test_fedavg_leaks_everything(tmp_path):
-    found = audited(tmp_path, FedAvg())
-    strongest = found.strongest
+@pytest.fixture(scope="module")
+def fedavg(tmp_path_factory):
+    """A run that hides nothing."""
+    return audited(tmp_path_factory.mktemp("fedavg"), FedAvg())
+
+
+def test_fedavg_leaks_everything(fedavg):
+    found, strongest = fedavg, fedavg.strongest
     assert strongest.measures["accuracy"] > found.models["global"]["accuracy"] - 6
     assert all(one.share == 1 for one in found.exposure.values())
+
+
+def test_what_fedavg_has_none_of_is_not_called_sound(fedavg):
+    answers = {one.check: one.outcome for one in fedavg.checks}
+    for name in ("withheld units", "server mask", "few bits", "unguessable masks"):
+        assert answers[name] == "not applicable"
+    assert "4 of 7 checks do not apply: withheld units, server mask, few bits" in fedavg.sentence
 
 
 def test_one_release_shows_nothing_of_the_gain(tmp_path):
@@ -264,6 +276,17 @@ def test_messages_that_show_too_much_are_an_alarm_and_no_crash(tmp_path):
     assert found.strongest is None
 
 
+def test_what_was_sent_and_not_kept_was_shown_all_the_same(tmp_path):
+    run = federation(tmp_path, FedQSN(units="neurons", policy="fresh"))
+    run.run(3)
+    for kept in Evidence(tmp_path).proxies(["c0"])[1:]:
+        kept.path.unlink()
+    found = audit(Evidence(tmp_path), run.stage())
+    ledger = Exposure(Manifest.read(tmp_path), tmp_path)
+    assert found.exposure["c0"].share == ledger.share(["c0"])
+    assert list(found.exposure["c0"].after) == [1, 2, 3]
+
+
 def test_the_owner_chooses_how_many_collude(tmp_path):
     run = federation(tmp_path, FedQSN(units="neurons"), keep_messages="proxies")
     run.run(1)
@@ -284,7 +307,7 @@ class TestTheSentence:
         return Audit(
             sentence="", scheme={}, rounds=1, metric="accuracy",
             models={"global": {"accuracy": 90.0}, "base": {"accuracy": base}},
-            attacks=[alone, stolen], alarms=[], exposure={},
+            attacks=[alone, stolen], checks=[], exposure={},
         )  # fmt: skip
 
     def test_base_and_gain_are_told_apart(self):
@@ -301,6 +324,30 @@ class TestTheSentence:
         lost = replace(found.attacks[1], leak=None)
         text = sentence(replace(found, attacks=[found.attacks[0], lost]))
         assert "91.0 %, and to 89.5 % without a released byte: your model is not ahead of" in text
+
+    def test_without_an_attack_nothing_is_known(self):
+        text = sentence(replace(self.found(60.0, 70.0, 50.0), attacks=[]))
+        assert (
+            "No attack was tried: what clients can make of what they were sent is not known" in text
+        )
+        assert "No attack" not in sentence(self.found(60.0, 70.0, 50.0))
+
+    def test_what_one_of_two_coalitions_can_forge_is_not_what_both_can(self):
+        found = self.found(60.0, 70.0, 50.0)
+        forged = replace(found.attacks[0], holes="forged")
+        assert "byte for byte" in sentence(replace(found, attacks=[*found.attacks, forged]))
+        other = replace(found.attacks[1], clients=("b",))
+        attacks = [*found.attacks, forged, other]
+        assert "byte for byte" not in sentence(replace(found, attacks=attacks))
+
+    def test_how_many_checks_do_not_apply(self):
+        checks = [
+            Checked("one", "alarm", "."), Checked("two", "sound", "."),
+            Checked("three", "not applicable", "."),
+        ]  # fmt: skip
+        text = sentence(replace(self.found(60.0, 70.0, 50.0), checks=checks))
+        assert "1 of 3 checks raise an alarm: one. 1 of 3 checks do not apply: three." in text
+        assert "two" not in text
 
     def test_nothing_leaked(self):
         text = sentence(self.found(60.0, 70.0, 50.0))
@@ -343,11 +390,23 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("text", "problem"),
-        [("{", "cannot be read"), ("{}", "another version"), ('{"format": 1}', "damaged")],
+        [
+            ("{", "cannot be read"),
+            ("{}", "another version"),
+            ('{"format": 1, "alarms": []}', "another version"),
+            ('{"format": 2}', "damaged"),
+        ],
     )
     def test_a_damaged_audit(self, tmp_path, text, problem):
         (tmp_path / "audit.json").write_text(text)
-        with pytest.raises(AuditError, match=problem):
+        with pytest.raises(AuditError, match=problem) as found:
+            Audit.read(tmp_path)
+        assert f"fedveil audit {tmp_path}" in found.value.fix
+
+    def test_an_answer_that_no_check_gives(self, fedavg, tmp_path):
+        path = fedavg.write(tmp_path)
+        path.write_text(path.read_text().replace('"not applicable"', '"fine"'))
+        with pytest.raises(AuditError, match="damaged"):
             Audit.read(tmp_path)
 
     def test_no_audit(self, tmp_path):

@@ -1,6 +1,10 @@
 """The exposure ledger against an oracle that looks at every element of every message."""
 
 import json
+import os
+import resource
+import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -173,13 +177,27 @@ class TestOnDisk:
         assert sum("client" in line for line in lines) == 9
 
     def test_a_line_that_a_crash_cut_short_is_forgotten(self, tmp_path):
+        heads = []
+
+        def opened(manifest):
+            ledger = Exposure(manifest, tmp_path)
+            record = ledger.record
+
+            def remembering(message):
+                heads.append((tmp_path / "exposure.head").read_bytes() if heads else b"")
+                record(message)
+
+            ledger.record = remembering
+            return ledger
+
         plan = [["a"], ["b"]]
-        _, messages, manifest = played(FedAvg(), plan, lambda m: Exposure(m, tmp_path))
+        _, messages, manifest = played(FedAvg(), plan, opened)
         path = tmp_path / "exposure.jsonl"
         complete = path.read_bytes()
         first = b"".join(complete.splitlines(keepends=True)[:-1])
         torn = first + b'{"round": 2, "cli'
         path.write_bytes(torn)
+        (tmp_path / "exposure.head").write_bytes(heads[1])  # as it was before the second release
         other = Exposure(manifest, tmp_path)
         assert other.clients == ["a"]
         assert path.read_bytes() == torn, "whoever only reads changes nothing"
@@ -206,12 +224,234 @@ class TestOnDisk:
     def test_what_cannot_be_written_down_is_not_counted(self, tmp_path):
         server, manifest = server_of(FedAvg())
         server.begin_round(1)
-        (tmp_path / "exposure.jsonl").mkdir()
-        ledger = Exposure(manifest)
-        ledger._path = tmp_path / "exposure.jsonl"
-        with pytest.raises(CheckpointError, match="was not made"):
-            ledger.record(sent(server, 1, "a"))
-        assert ledger.clients == []
+        one, other = sent(server, 1, "a"), sent(server, 1, "b")
+        ledger = Exposure(manifest, tmp_path)
+        ledger.record(one)
+        before = toys.files(tmp_path)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # Real, not pretended: half of the line, or the line and not the head, are too much.
+        for room in (len(before["exposure.jsonl"]) + 40, 0):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            try:
+                with pytest.raises(CheckpointError, match="was not made"):
+                    ledger.record(other)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert ledger.clients == ["a"]
+            assert toys.files(tmp_path) == before
+        ledger.record(other)
+        assert Exposure(manifest, tmp_path).clients == ["a", "b"]
+
+    def test_only_its_owner_may_read_it(self, tmp_path):
+        before = os.umask(0)
+        try:
+            played(FedAvg(), [["a"]], lambda m: Exposure(m, tmp_path / "run"))
+        finally:
+            os.umask(before)
+        modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "run").iterdir()}
+        assert modes == {"exposure.jsonl": 0o600, "exposure.head": 0o600}
+        assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    """A ledger of some lines: its manifest, its folder, and what is in it."""
+    folder = tmp_path_factory.mktemp("ledger")
+    scheme = FedQSN(policy="fresh", units="neurons", client_mask=0.4)
+    _, _, manifest = played(
+        scheme, [["a", "b"], ["b", "c"]], lambda m: Exposure(m, folder), toys.mlp()
+    )
+    return manifest, folder, (folder / "exposure.jsonl").read_bytes()
+
+
+def copy_with(ledger, data, folder):
+    """The same folder with another ledger in it; None leaves it out."""
+    shutil.copytree(ledger[1], folder, dirs_exist_ok=True)
+    path = folder / "exposure.jsonl"
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    return folder
+
+
+class TestWhatWasLostOrAltered:
+    """Is an error. What can be read of it would be less than what was shown."""
+
+    def test_at_whatever_byte_it_was_cut_off(self, ledger, tmp_path):
+        manifest, _, data = ledger
+        assert len(data) > 1000
+        path = copy_with(ledger, data, tmp_path) / "exposure.jsonl"
+        for size in reversed(range(len(data))):
+            os.truncate(path, size)
+            with pytest.raises(CheckpointError, match=r"lost or was altered.*restore"):
+                Exposure(manifest, tmp_path)
+        path.write_bytes(data)
+        assert Exposure(manifest, tmp_path).clients == ["a", "b", "c"]
+
+    def test_as_a_whole(self, ledger, tmp_path):
+        copy_with(ledger, None, tmp_path)
+        with pytest.raises(CheckpointError, match="found no file"):
+            Exposure(ledger[0], tmp_path)
+
+    @pytest.mark.parametrize(
+        "head",
+        [
+            None,
+            b"",
+            b"{}",
+            b"[]",
+            b'{"format": 9}',
+            b"\xff",
+            b'{"format": 1, "lines": "9", "size": 1, "last": ""}',
+        ],
+    )
+    def test_or_its_head(self, ledger, tmp_path, head):
+        copy_with(ledger, ledger[2], tmp_path)
+        (tmp_path / "exposure.head").unlink()
+        if head is not None:
+            (tmp_path / "exposure.head").write_bytes(head)
+        with pytest.raises(CheckpointError, match=r"exposure\.head"):
+            Exposure(ledger[0], tmp_path)
+
+    @settings(max_examples=150, deadline=None)
+    @given(data=st.data())
+    def test_line_by_line(self, ledger, tmp_path_factory, data):
+        lines = ledger[2].splitlines(keepends=True)
+        some = st.integers(0, len(lines) - 1)
+        how = data.draw(st.sampled_from(["remove", "repeat", "swap", "move", "alter", "insert"]))
+        one, other = data.draw(some), data.draw(some)
+        changed = list(lines)
+        if how == "remove":
+            del changed[one]
+        elif how == "repeat":
+            changed.insert(other, lines[one])
+        elif how == "swap":
+            changed[one], changed[other] = changed[other], changed[one]
+        elif how == "move":
+            changed.insert(other, changed.pop(one))
+        elif how == "insert":
+            changed.insert(one, b'{"round": 1, "client": "z", "shown": "x"}\n')
+        else:
+            place = data.draw(st.integers(0, len(lines[one]) - 1))
+            byte = data.draw(st.integers(0, 255))
+            changed[one] = lines[one][:place] + bytes([byte]) + lines[one][place + 1 :]
+        folder = copy_with(ledger, b"".join(changed), tmp_path_factory.mktemp("changed"))
+        if changed == lines:
+            assert Exposure(ledger[0], folder).clients == ["a", "b", "c"]
+        else:
+            with pytest.raises(CheckpointError, match=r"lost or was altered|damaged"):
+                Exposure(ledger[0], folder)
+
+    def test_also_if_its_links_are_made_anew(self, ledger, tmp_path):
+        # As an earlier version would have written it, without the last release.
+        lines = [json.loads(line) for line in ledger[2].splitlines()[:-1]]
+        plain = [{key: v for key, v in line.items() if key != "after"} for line in lines]
+        copy_with(ledger, "".join(json.dumps(p) + "\n" for p in plain).encode(), tmp_path)
+        with pytest.raises(CheckpointError, match="lost or was altered"):
+            Exposure(ledger[0], tmp_path)
+
+
+class TestACrash:
+    """May come at any moment: what was written down counts, and what was not never left."""
+
+    def test_between_a_line_and_the_head_counts_too_much_at_most(self, tmp_path):
+        server, manifest = server_of(FedQSN(policy="fresh", units="neurons"), toys.mlp())
+        server.begin_round(1)
+        first, second = sent(server, 1, "a"), sent(server, 1, "b")
+        ledger = Exposure(manifest, tmp_path / "run")
+        ledger.record(first)
+        head, before = (tmp_path / "run" / name for name in ("exposure.head", "exposure.jsonl"))
+        old, size = head.read_bytes(), before.stat().st_size
+        ledger.record(second)
+        whole = before.read_bytes()
+        for cut in {*range(size, len(whole), 9), len(whole) - 1, len(whole)}:
+            folder = tmp_path / "cut"
+            folder.mkdir(exist_ok=True)
+            (folder / "exposure.jsonl").write_bytes(whole[:cut])
+            (folder / "exposure.head").write_bytes(old)
+            again = Exposure(manifest, folder)
+            assert again.clients == (["a", "b"] if cut == len(whole) else ["a"])
+            again.record(second)
+            assert (folder / "exposure.jsonl").read_bytes() == whole
+            assert Exposure(manifest, folder).share(["b"]) == ledger.share(["b"])
+
+    def test_before_the_first_line_leaves_an_empty_ledger(self, tmp_path):
+        server, manifest = server_of(FedAvg())
+        Exposure(manifest, tmp_path).begin()
+        assert Exposure(manifest, tmp_path).clients == []
+        (tmp_path / "exposure.jsonl").unlink()
+        server.begin_round(1)
+        ledger = Exposure(manifest, tmp_path)
+        ledger.record(sent(server, 1, "a"))
+        assert Exposure(manifest, tmp_path).clients == ["a"]
+
+
+def test_two_who_write_to_one_ledger_are_told_of_it(tmp_path):
+    server, manifest = server_of(FedAvg())
+    server.begin_round(1)
+    one, other = Exposure(manifest, tmp_path), Exposure(manifest, tmp_path)
+    one.record(sent(server, 1, "a"))
+    before = toys.files(tmp_path)
+    with pytest.raises(CheckpointError, match=r"Somebody else.*no release was made"):
+        other.record(sent(server, 1, "b"))
+    assert toys.files(tmp_path) == before
+    assert Exposure(manifest, tmp_path).clients == ["a"]
+
+
+class TestAnEarlierVersionsLedger:
+    @pytest.fixture
+    def old(self, ledger, tmp_path):
+        """The same lines without links, and no head."""
+        lines = [json.loads(line) for line in ledger[2].splitlines()]
+        plain = [{key: v for key, v in line.items() if key != "after"} for line in lines]
+        (tmp_path / "exposure.jsonl").write_text("".join(json.dumps(p) + "\n" for p in plain))
+        return ledger[0], tmp_path
+
+    def next_release(self, manifest, folder):
+        scheme = FedQSN(policy="fresh", units="neurons", client_mask=0.4)
+        server, _ = server_of(scheme, toys.mlp())
+        server.begin_round(1)
+        message = sent(server, 1, "new")
+        Exposure(manifest, folder).record(message)
+
+    def test_is_read(self, old, ledger):
+        shares = [Exposure(ledger[0], folder).share(["a"]) for folder in (old[1], ledger[1])]
+        assert shares[0] == shares[1]
+        assert not (old[1] / "exposure.head").exists(), "whoever only reads changes nothing"
+
+    @pytest.mark.parametrize("torn", [b"", b'{"round": 2'])
+    def test_is_sealed_by_the_next_release_and_safe_from_then_on(self, old, tmp_path_factory, torn):
+        manifest, folder = old
+        path = folder / "exposure.jsonl"
+        before = path.read_bytes()
+        path.write_bytes(before + torn)
+        self.next_release(manifest, folder)
+        data = path.read_bytes()
+        assert data.startswith(before)
+        assert json.loads(data[len(before) :].splitlines()[0])["sealed"] == before.count(b"\n")
+        assert Exposure(manifest, folder).clients == ["a", "b", "c", "new"]
+        for size in range(0, len(data), 7):
+            path.write_bytes(data[:size])
+            with pytest.raises(CheckpointError, match="lost or was altered"):
+                Exposure(manifest, folder)
+        path.write_bytes(before.replace(b'"a"', b'"b"', 1) + data[len(before) :])
+        with pytest.raises(CheckpointError, match=r"damaged|lost or was altered"):
+            Exposure(manifest, folder)
+
+    def test_is_whole_again_after_a_crash_under_the_seal(self, old, monkeypatch):
+        manifest, folder = old
+        lines = (folder / "exposure.jsonl").read_bytes().count(b"\n")
+
+        def power_cut(handle):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("fedveil.audit.exposure.os.fsync", power_cut)
+            with pytest.raises(KeyboardInterrupt):
+                self.next_release(manifest, folder)
+        assert (folder / "exposure.jsonl").read_bytes().count(b"\n") == lines
+        self.next_release(manifest, folder)
+        assert "new" in Exposure(manifest, folder).clients
 
 
 class TestInARun:

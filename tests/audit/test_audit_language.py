@@ -135,7 +135,7 @@ class TestAnAudit:
         top = found.models["global"]["loss"]
         assert f"reaches {top:.2f} nats per token (perplexity" in found.sentence
         assert "lower is better" in found.sentence
-        assert not any(alarm.raised for alarm in found.alarms)
+        assert not found.answering("alarm")
 
 
 def test_everything_is_tried_on_an_adapter(tmp_path):
@@ -183,7 +183,7 @@ class TestTheSentence:
         )  # fmt: skip
         return Audit(
             sentence="", scheme={}, rounds=1, metric="loss", models=measures,
-            attacks=[alone, stolen], alarms=[], exposure={},
+            attacks=[alone, stolen], checks=[], exposure={},
         )  # fmt: skip
 
     def test_tells_losses(self):

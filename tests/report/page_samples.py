@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedveil import Evaluation, Federation, FedQSN, ImageClassification, Secret, Training
-from fedveil.audit import Alarm, Attacked, Audit, ClientExposure, Manifest, UpdateGuess
+from fedveil.audit import Attacked, Audit, Checked, ClientExposure, Manifest, UpdateGuess
 from fedveil.audit.manifest import TensorInfo
 from fedveil.engine import RoundRecord
 
@@ -66,10 +66,11 @@ def audit(
             "server_model": measures(final + 0.7),
         },
         attacks=tried,
-        alarms=[
-            *(Alarm(check, True, found) for check, found in alarms),
-            Alarm("withheld-units", False, "No message holds a withheld unit: 45 were read."),
-            Alarm("secret", False, "The secret is in no message."),
+        checks=[
+            Checked("withheld-units", "sound", "No message holds a withheld unit: 45 were read."),
+            Checked("masks", "not applicable", "The scheme does not say how it draws masks."),
+            *(Checked(check, "alarm", found) for check, found in alarms),
+            Checked("secret", "sound", "The secret is in no message."),
         ],
         exposure=exposure,
         coalitions={size: 1 - 0.37 ** size for size in sizes},
@@ -193,7 +194,7 @@ def hostile(text):
             )
             for one in plain.attacks
         ],
-        alarms=[Alarm(text, True, text), Alarm(text, False, text)],
+        checks=[Checked(text, outcome, text) for outcome in ("alarm", "sound", "not applicable")],
         exposure={text: plain.exposure["client-00"]},
         not_protected=[text],
     )  # fmt: skip

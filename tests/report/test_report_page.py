@@ -235,8 +235,16 @@ def test_headline_then_alarms_then_the_rest(pages):
     assert headings[0] == "Alarm: a check of the messages failed"
     assert headings[1] == "What is kept, and what is shown"
     rows = page.text("span")
-    assert rows.index("ALARM") < rows.index("nothing found")
+    assert rows.index("ALARM") < rows.index("not applicable") < rows.index("sound")
     assert "Alarm" not in structure(pages["small"]).text("h2")
+
+
+def test_what_was_not_checked_looks_like_nothing_that_was(pages):
+    page = pages["small"].read_text()
+    assert '<span class="unmade">not applicable</span>' in page
+    assert page.count('<span class="sound">sound</span>') == 2
+    assert "that speaks neither for the scheme nor against it" in page
+    assert ".unmade{color:var(--soft)" in page
 
 
 def test_page_shows_every_finding(pages):

@@ -8,12 +8,14 @@ from typing import ClassVar
 import torch
 
 from fedveil import Scheme
-from fedveil.schemes import ServerState, register_scheme, scheme_class, scheme_names
+from fedveil.aggregation import WHOLE, Influence
+from fedveil.audit import Evidence, audit, check
+from fedveil.schemes import Facts, ServerState, register_scheme, scheme_class, scheme_names
 from fedveil.schemes.global_model import GlobalModel
 from fedveil.schemes.ledger import RoundLedger
 from fedveil.state import load_state, read_state
 from fedveil.wire import Dense, Message
-from toys import federation, mlp, weights
+from toys import federation, mlp, rows, weights
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,15 @@ class SignServer:
         sections = {name: Dense(tensor) for name, tensor in self._global.export().items()}
         return Message("proxy", self._scheme.name, self._ledger.round, client, sections, {})
 
-    def absorb(self, client, reply, weight):
+    def inspect(self, client, reply):
+        self._ledger.expect(client, reply)
+        votes = [section.tensor for section in reply.sections.values()]
+        return Influence(float(sum(vote.square().sum() for vote in votes)) ** 0.5)
+
+    def absorb(self, client, reply, weight, scales=WHOLE):
         self._ledger.expect(client, reply, weight)
         for name, section in reply.sections.items():
-            self._votes[name] += section.tensor
+            self._votes[name] += scales.update * section.tensor
         self._ledger.accept(client)
 
     def end_round(self):
@@ -64,8 +71,12 @@ class SignServer:
     def final(self):
         return self._global.export()
 
+    @property
     def views(self):
-        return {"global": self._global.export()}
+        return ("global",)
+
+    def view(self, name):
+        return self._global.export()
 
     def state(self):
         return ServerState(dict(self._global.tensors), {"round": self._ledger.round})
@@ -110,3 +121,30 @@ def test_one_line_makes_it_known_by_name(monkeypatch):
     assert register_scheme(SignSGD) is SignSGD
     assert scheme_class("sign-sgd") is SignSGD
     assert "sign-sgd" in scheme_names()
+
+
+def test_an_audit_calls_nothing_sound_that_it_does_not_state(tmp_path):
+    assert SignSGD().facts() == Facts()
+    settings = {"scheme": SignSGD(), "out": tmp_path, "keep_messages": True, "test": rows(20)}
+    run = federation(mlp(), **settings)
+    run.run(2)
+    found = audit(Evidence(tmp_path), run.stage())
+    answers = {one.check: one.outcome for one in found.checks}
+    assert "alarm" not in answers.values()
+    for name in ("withheld units", "server mask", "few bits", "unguessable masks"):
+        assert answers[name] == "not applicable", name
+    assert all(one.next is None for one in found.exposure.values()), "how masks are drawn is unsaid"
+    assert "checks do not apply: withheld units, server mask" in found.sentence
+
+
+def test_what_it_states_is_checked(tmp_path):
+    @dataclass(frozen=True)
+    class Boasting(SignSGD):
+        """It states what it does not do."""
+
+        def facts(self):
+            return Facts(server_mask=0.1, client_mask=0.0, draw="exact", bits=4)
+
+    federation(mlp(), scheme=Boasting(), out=tmp_path, keep_messages=True).run(1)
+    raised = [one.check for one in check(Evidence(tmp_path)) if one.raised]
+    assert raised == ["server mask", "few bits"]

@@ -8,14 +8,14 @@ from fedveil.audit.auditing import audit
 from fedveil.audit.checks import check
 from fedveil.audit.evidence import Evidence, Kept, Proxy
 from fedveil.audit.exposure import Exposure
-from fedveil.audit.findings import Alarm, Attacked, Audit, ClientExposure, UpdateGuess
+from fedveil.audit.findings import Attacked, Audit, Checked, ClientExposure, UpdateGuess
 from fedveil.audit.manifest import Manifest
 from fedveil.audit.stage import Stage
 
 __all__ = [
-    "Alarm",
     "Attacked",
     "Audit",
+    "Checked",
     "ClientExposure",
     "Evidence",
     "Exposure",

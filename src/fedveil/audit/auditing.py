@@ -36,6 +36,7 @@ from fedveil.audit.stage import Stage, State
 from fedveil.audit.untrained import untrained
 from fedveil.audit.words import NOT_PROTECTED, sentence
 from fedveil.errors import AuditError, ConfigurationError
+from fedveil.schemes import Facts
 from fedveil.state import load_state
 from fedveil.training.metrics import Metric, metric_of
 
@@ -77,12 +78,12 @@ def audit(
     """
     started, sizes = time.perf_counter(), _sizes(coalitions, full)
     attempt = _Attempt(evidence, stage, full, tell, metric_of(stage.task))
-    alarms = check(evidence, tell)
+    checks = check(evidence, tell)
     tell("what each client was shown")
     attempt.measure_models()
     exposure, order = Exposure(evidence.manifest), list[str]()
     # Of messages that do not fit their units nobody can say what is known: the alarm says enough.
-    if not any(alarm.raised for alarm in alarms if alarm.check == "withheld units"):
+    if not any(one.raised for one in checks if one.check == "withheld units"):
         exposure = _exposure_of(evidence)
         order = _by_what_they_saw(exposure)
     for clients in _coalitions([name for name in order if name in stage.data], sizes):
@@ -94,7 +95,7 @@ def audit(
         metric=attempt.metric.name,
         models=attempt.models,
         attacks=attempt.found,
-        alarms=alarms,
+        checks=checks,
         exposure=_exposed(evidence, exposure),
         coalitions={size: exposure.share(order[:size]) for size in range(1, len(order) + 1)},
         inferred=_inferred(evidence, order, tell),
@@ -339,7 +340,7 @@ def _coalitions(order: Sequence[str], sizes: Collection[int]) -> Iterator[tuple[
 
 
 def _exposure_of(evidence: Evidence) -> Exposure:
-    """Counted anew, from the bytes themselves.
+    """Counted anew, from the bytes themselves; of messages that were not kept, as written down.
 
     Raises:
         AuditError: A message is not the one that the run wrote down: it is of another run.
@@ -349,14 +350,16 @@ def _exposure_of(evidence: Evidence) -> Exposure:
         exposure.record(kept.read())
     known = {(number, client): shown.to_json() for number, client, shown in written.releases()}
     for number, client, shown in exposure.releases():
-        if known.get((number, client), shown.to_json()) != shown.to_json():
+        if known.get((number, client)) != shown.to_json():
             raise AuditError(
                 "A kept message is not the one that the run released",
                 expected="the units that exposure.jsonl lists",
-                found="others",
+                found="others" if (number, client) in known else "no such release there",
                 where=f"round {number}, client {client}",
                 fix="Audit a run with its own messages.",
             )
+    for number, client, shown in written.releases():
+        exposure.count(number, client, shown)
     return exposure
 
 
@@ -403,15 +406,23 @@ def _errors(stolen: State, truth: State, loot: Loot) -> tuple[float | None, floa
 
 
 def _exposed(evidence: Evidence, exposure: Exposure) -> dict[str, ClientExposure]:
-    scheme = evidence.manifest.configuration.get("scheme", {})
-    # A new mask shows each unit that it may show with the same chance; masks that stay, nothing.
-    chance = 1 - scheme.get("client_mask", 0.0) if scheme.get("policy") == "fresh" else 0.0
+    chance = _chance_of_more(evidence.manifest.facts)
     of_all, exposed = exposure.share(exposure.clients), {}
     for client in exposure.clients:
         share, bits = exposure.share([client]), exposure.mean_bits([client])
-        added = (of_all - share) * chance
+        added = None if chance is None else (of_all - share) * chance
         exposed[client] = ClientExposure(share, bits, exposure.history(client), added)
     return exposed
+
+
+def _chance_of_more(facts: Facts) -> float | None:
+    """How likely the next release shows a client a unit that others have; None if unknown."""
+    if facts.client_mask == 0:
+        return 0.0  # all are sent the same units
+    if facts.client_mask is None or facts.policy is None:
+        return None
+    # A new mask shows each unit that it may show with the same chance; masks that stay, nothing.
+    return 1 - facts.client_mask if facts.policy == "fresh" else 0.0
 
 
 def _bytes(evidence: Evidence) -> dict[str, int]:

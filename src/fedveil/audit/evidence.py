@@ -125,7 +125,8 @@ class Proxy:
 
     def spread(self, name: str, part: Tensor) -> Tensor:
         """Values at a tensor's released shape, put where they belong; NaN elsewhere."""
-        whole = torch.full(self._shapes[name], torch.nan)
+        dtype = torch.float64 if part.dtype == torch.float64 else torch.float32
+        whole = torch.full(self._shapes[name], torch.nan, dtype=dtype)
         self.selection.scatter(name, part, whole)
         return whole
 
@@ -222,6 +223,13 @@ class Evidence:
                 where=str(self.folder),
                 fix="Run it with keep_messages=True ([federation] keep_messages in its file).",
             )
+
+    @property
+    def unread(self) -> list[Path]:
+        """Files among the messages whose names are not those of messages: nobody reads them."""
+        known = {kept.path for kept in self._kept}
+        found = (self.folder / "messages").rglob("*")
+        return sorted(path for path in found if path.is_file() and path not in known)
 
     @property
     def clients(self) -> list[str]:

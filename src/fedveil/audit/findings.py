@@ -6,16 +6,24 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
 from fedveil.errors import AuditError
 from fedveil.files import read_record, write_whole
 from fedveil.training.metrics import metric_named
 
-__all__ = ["Alarm", "Attacked", "Audit", "ClientExposure", "UpdateGuess", "furthest"]
+__all__ = [
+    "ALARM", "NOT_APPLICABLE", "SOUND", "Attacked", "Audit", "Checked", "ClientExposure", "Outcome",
+    "UpdateGuess", "furthest",
+]  # fmt: skip
 
-FORMAT = 1
+FORMAT = 2
 NAME = "audit.json"
+
+Outcome = Literal["alarm", "sound", "not applicable"]
+ALARM: Final = "alarm"
+SOUND: Final = "sound"
+NOT_APPLICABLE: Final = "not applicable"
 
 Measures = Mapping[str, float]
 """On the owner's test set: ``accuracy`` in percent and ``loss`` in nats; of language models both
@@ -59,18 +67,30 @@ class Attacked:
 
 
 @dataclass(frozen=True)
-class Alarm:
-    """A check of the messages, and whether it found something.
+class Checked:
+    """A check of the messages, and what it answers.
 
     Attributes:
-        check: Which, as "withheld-units".
-        raised: Whether what should never be was found.
-        found: What, where, in a sentence; what was looked at, if nothing was found.
+        check: Which, as "withheld units".
+        outcome: "alarm" if what should never be was found; "sound" if it was looked for, and is not
+            in what was looked at; "not applicable" if there was nothing to look at, or nothing says
+            what to look for. What was not looked at is never sound.
+        found: In words: what is wrong, and where; what was looked at, and how much of it; or why
+            nothing was.
     """
 
     check: str
-    raised: bool
+    outcome: Outcome
     found: str
+
+    def __post_init__(self) -> None:
+        if self.outcome not in get_args(Outcome):
+            raise ValueError(f"a check that answers {self.outcome!r}")
+
+    @property
+    def raised(self) -> bool:
+        """Whether what should never be was found."""
+        return self.outcome == ALARM
 
 
 @dataclass(frozen=True)
@@ -81,13 +101,14 @@ class ClientExposure:
         share: Of the model's parameters, from 0 to 1, by the end.
         bits: Bits per parameter of the whole model.
         after: The share after each round in which something was sent, by round.
-        next: What one more release is expected to add to the share.
+        next: What one more release is expected to add to the share; None if the scheme does not say
+            how it draws masks.
     """
 
     share: float
     bits: float
     after: Mapping[int, float]
-    next: float
+    next: float | None
 
 
 @dataclass(frozen=True)
@@ -119,7 +140,7 @@ class Audit:
         metric: Which measure leaks are computed from: "accuracy" or, of language models, "loss".
         models: Measures of the owner's models: ``base``, ``public``, ``global``, ``server_model``.
         attacks: All attacks, strongest last within their kind.
-        alarms: All checks of the messages.
+        checks: All checks of the messages, whatever they answer.
         exposure: By client.
         coalitions: Share of the parameters that the largest coalition of each size holds, by size.
         inferred: What the client who saw most infers of the others' updates, by round; empty if no
@@ -136,7 +157,7 @@ class Audit:
     metric: str
     models: Mapping[str, Measures]
     attacks: Sequence[Attacked]
-    alarms: Sequence[Alarm]
+    checks: Sequence[Checked]
     exposure: Mapping[str, ClientExposure]
     coalitions: Mapping[int, float] = field(default_factory=dict)
     inferred: Sequence[UpdateGuess] = ()
@@ -144,6 +165,10 @@ class Audit:
     full: bool = False
     seconds: float = 0.0
     not_protected: Sequence[str] = ()
+
+    def answering(self, outcome: Outcome) -> list[Checked]:
+        """The checks that gave one answer."""
+        return [one for one in self.checks if one.outcome == outcome]
 
     @property
     def strongest(self) -> Attacked | None:
@@ -182,7 +207,9 @@ class Audit:
         absent = AuditError(
             "The run has not been audited", where=str(folder), fix=f"Run: fedveil audit {folder}"
         )
-        return read_record(folder / NAME, FORMAT, cls._from_json, AuditError, absent)
+        # Format 1 called sound what nobody had looked at, and does not say of what.
+        again = f"Audit the run again: fedveil audit {folder}"
+        return read_record(folder / NAME, FORMAT, cls._from_json, AuditError, absent, again)
 
     @classmethod
     def _from_json(cls, values: dict[str, Any]) -> Audit:
@@ -193,7 +220,7 @@ class Audit:
                     Attacked(**{**attack, "clients": tuple(attack["clients"])})
                     for attack in values["attacks"]
                 ],
-                "alarms": [Alarm(**alarm) for alarm in values["alarms"]],
+                "checks": [Checked(**one) for one in values["checks"]],
                 "exposure": {
                     name: ClientExposure(**{**one, "after": _by_number(one["after"])})
                     for name, one in values["exposure"].items()

@@ -9,17 +9,30 @@ import numpy as np
 import torch
 
 from fedveil.audit.evidence import Proxy
+from fedveil.units import UnitGroup
 
-__all__ = ["SEEDS", "guess_masks"]
+__all__ = ["FEWEST", "SEEDS", "guess_masks", "guessed_group", "rates_to_try"]
 
 SEEDS = 5000
 """Seeds that are tried: 0 and up, where people begin to count, rounds and client numbers too."""
 
-_FEWEST = 40
+FEWEST = 40
 """Units that a guessed mask must withhold: so many agree by chance not once in a lifetime."""
 
 _SURE = 0.8
 """Of units drawn one by one fewer may be withheld than the rate says: these surely are."""
+
+
+def guessed_group(proxy: Proxy) -> UnitGroup | None:
+    """The largest group of which a proxy withholds units: the one whose mask is guessed at."""
+    cut = [g for g in proxy.groups if len(proxy.released[g.name].units) < g.size]
+    return max(cut, key=lambda group: group.size, default=None)
+
+
+def rates_to_try(proxy: Proxy, rates: Sequence[float]) -> list[float]:
+    """Those rates at which a mask withholds enough units to tell a guess from chance."""
+    group = guessed_group(proxy)
+    return [] if group is None else [rate for rate in rates if rate * group.size >= FEWEST]
 
 
 def guess_masks(proxy: Proxy, rates: Sequence[float]) -> str | None:
@@ -30,13 +43,16 @@ def guess_masks(proxy: Proxy, rates: Sequence[float]) -> str | None:
 
     Args:
         proxy: What some client was sent.
-        rates: Mask rates that the configuration tells.
+        rates: Mask rates that the scheme states; those of :func:`rates_to_try` are tried, and None
+            says nothing of the others.
     """
-    group = max(proxy.groups, key=lambda group: group.size)
+    group = guessed_group(proxy)
+    if group is None:
+        return None
     released = np.zeros(group.size, bool)
     released[proxy.released[group.name].units.numpy()] = True
-    sizes = [round(_SURE * rate * group.size) for rate in rates if rate * group.size >= _FEWEST]
-    if not sizes or released.all():
+    sizes = [round(_SURE * rate * group.size) for rate in rates_to_try(proxy, rates)]
+    if not sizes:
         return None
     for seed in range(SEEDS):
         for name, order in _orders(seed, group.size):

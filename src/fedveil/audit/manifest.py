@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedveil.errors import CheckpointError
+from fedveil.errors import CheckpointError, ConfigurationError
 from fedveil.files import read_record, write_whole
+from fedveil.schemes import Facts, scheme_class
 from fedveil.units import Slice, UnitGroup
 
 __all__ = ["Manifest", "TensorInfo"]
@@ -56,12 +57,14 @@ class Manifest:
         tensors: By name, each tied tensor once.
         groups: The unit groups that masks cut; none where everything is released whole.
         config_file: The TOML file that describes the run, if there is one.
+        facts: What the scheme states of its releases; checks compare the bytes with it.
     """
 
     configuration: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     groups: tuple[UnitGroup, ...] = ()
     config_file: str | None = None
+    facts: Facts = field(default_factory=Facts)
 
     @classmethod
     def of(
@@ -70,18 +73,23 @@ class Manifest:
         groups: tuple[UnitGroup, ...],
         configuration: Mapping[str, Any],
         config_file: Path | None = None,
+        facts: Facts | None = None,
     ) -> Manifest:
         """The manifest of a run that is about to begin, with what it releases and trains."""
         tensors = {
             name: TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
             for name, tensor in state.items()
         }
-        return cls(configuration, tensors, groups, str(config_file) if config_file else None)
+        file = str(config_file) if config_file else None
+        return cls(configuration, tensors, groups, file, facts or Facts())
 
     @property
     def is_of_public(self) -> bool:
-        """Whether releases are of a public model, and hold nothing of the owner's."""
-        return "public" in self.configuration
+        """Whether the run says that releases are of a public model, with nothing of the owner's.
+
+        What a run does not say is taken for the owner's.
+        """
+        return self.facts.of_owner is False
 
     @property
     def parameters(self) -> int:
@@ -94,7 +102,8 @@ class Manifest:
         Raises:
             CheckpointError: It cannot be written.
         """
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        values = {"format": FORMAT, **asdict(self), "facts": self.facts.to_json()}
+        text = json.dumps(values, indent=1)
         write_whole(folder / NAME, text + "\n", CheckpointError)
 
     @classmethod
@@ -127,4 +136,39 @@ class Manifest:
             )
             for group in values["groups"]
         )
-        return cls(values["configuration"], tensors, groups, values["config_file"])
+        configuration = values["configuration"]
+        known = "facts" in values
+        facts = _read_facts(values["facts"]) if known else _facts_before(configuration)
+        return cls(configuration, tensors, groups, values["config_file"], facts)
+
+
+_SAID_BEFORE: Mapping[str, frozenset[str]] = {
+    "fedavg": frozenset(),
+    "fedlpp": frozenset({"bits"}),
+    "fedqsn": frozenset({"server_mask", "client_mask", "draw", "policy", "bits", "adapter_bits"}),
+}
+"""Settings that a run.json must have, for facts to be read from it that it does not state."""
+
+
+def _read_facts(values: Mapping[str, Any]) -> Facts:
+    try:
+        return Facts.from_json(values)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from error
+
+
+def _facts_before(configuration: Mapping[str, Any]) -> Facts:
+    """Of a run from before schemes stated facts: what our own schemes did then, by its settings.
+
+    Of a scheme of somebody else's, and of settings that are not there, nothing is assumed.
+    """
+    settings = dict(configuration.get("scheme") or {})
+    needed = _SAID_BEFORE.get(settings.pop("name", ""))
+    facts = Facts()
+    if needed is not None and needed <= settings.keys():
+        kind: Any = scheme_class(configuration["scheme"]["name"])
+        try:
+            facts = kind(**{name: settings[name] for name in needed}).facts()
+        except ConfigurationError as error:
+            raise ValueError(str(error)) from error
+    return replace(facts, of_owner=False) if "public" in configuration else facts

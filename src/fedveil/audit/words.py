@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
-from fedveil.audit.findings import Attacked, Audit, furthest
+from fedveil.audit.findings import ALARM, NOT_APPLICABLE, Attacked, Audit, Checked, furthest
 from fedveil.training.metrics import metric_named
 
 __all__ = ["NOT_PROTECTED", "sentence", "title"]
@@ -60,12 +61,32 @@ def sentence(audit: Audit) -> str:
     if alone is not None and together is not None and len(together.clients) > 1:
         count = len(together.clients)
         text += f" {count} clients who pool everything get to {_reached(audit, together)}."
-    if any(attack.holes == "forged" for attack in audit.attacks):
+    if together is None:
+        text += " No attack was tried: what clients can make of what they were sent is not known."
+    if _all_can_forge(audit):
         text += " All that they were sent anybody can make of the public model, byte for byte."
-    raised = [alarm.check for alarm in audit.alarms if alarm.raised]
-    if raised:
-        text += f" {len(raised)} of {len(audit.alarms)} checks raise an alarm: {', '.join(raised)}."
+    return text + _of_checks(audit)
+
+
+def _all_can_forge(audit: Audit) -> bool:
+    """Whether each coalition that attacked could have made by itself what it was sent."""
+    attackers = {attack.clients for attack in audit.attacks}
+    forgers = {attack.clients for attack in audit.attacks if attack.holes == "forged"}
+    return bool(attackers) and attackers == forgers
+
+
+def _of_checks(audit: Audit) -> str:
+    """How many checks raise an alarm, and how many were not made; nothing of the others."""
+    text, count = "", len(audit.checks)
+    if raised := audit.answering(ALARM):
+        text += f" {len(raised)} of {count} checks raise an alarm: {_named(raised)}."
+    if not_made := audit.answering(NOT_APPLICABLE):
+        text += f" {len(not_made)} of {count} checks do not apply: {_named(not_made)}."
     return text
+
+
+def _named(checks: Sequence[Checked]) -> str:
+    return ", ".join(one.check for one in checks)
 
 
 def _reached(audit: Audit, attack: Attacked) -> str:

@@ -62,7 +62,8 @@ def audit(
     """
     from fedveil.audit import Evidence
     from fedveil.audit import audit as attack
-    from fedveil.report.audit_table import alarm_lines, attack_table, inferred_line
+    from fedveil.engine.run_folder import RunFolder
+    from fedveil.report.audit_table import attack_table, check_lines, inferred_line
     from fedveil.report.page import write_page
 
     console, evidence = Console(), Evidence(run)
@@ -74,13 +75,14 @@ def audit(
             status.update(what)
 
         found = attack(evidence, stage, full=full, coalitions=coalition or None, tell=tell)
+    RunFolder(run).claim("audit.json")
     path = found.write(run)
     page = write_page(run)
     _show(found)
     wide_console().print(attack_table(found))
     if (guess := inferred_line(found)) is not None:
         say(console, guess)
-    for line in alarm_lines(found):
+    for line in check_lines(found):
         console.print(line, soft_wrap=True)
     say(console, "what no figure here speaks for is on the page, and in docs/audit.md")
     console.print()

@@ -32,7 +32,6 @@ def write_answers(folder: Path, answers: Answers) -> Path:
     Returns:
         The file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows = zip(answers.prompts, answers.references, answers.texts, strict=True)
     lines = "".join(
         json.dumps({"prompt": prompt, "references": references, "answer": text}, ensure_ascii=False)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedveil.audit import Attacked, Audit
+from fedveil.audit import Attacked, Audit, Checked
+from fedveil.audit.findings import ALARM, NOT_APPLICABLE, SOUND, Outcome
 from fedveil.audit.tracing import Match, Trace
 from fedveil.audit.words import title
 from fedveil.report.words import human_measure
 from fedveil.training.metrics import Metric, metric_named
 
-__all__ = ["alarm_lines", "attack_table", "inferred_line", "trace_table"]
+__all__ = ["attack_table", "by_outcome", "check_lines", "inferred_line", "trace_table"]
 
 _OTHERS = 3
 _HIGH = 99
+# In the order of what there is to do about it.
+_LOOKS: Mapping[Outcome, tuple[str, str]] = {
+    ALARM: ("ALARM", "bold red"),
+    NOT_APPLICABLE: (NOT_APPLICABLE, "dim"),
+    SOUND: (SOUND, "green"),
+}
 
 
 def attack_table(audit: Audit) -> Table:
@@ -41,11 +48,16 @@ def attack_table(audit: Audit) -> Table:
     return table
 
 
-def alarm_lines(audit: Audit) -> Iterator[Text]:
-    """One line per check, alarms first."""
-    for alarm in sorted(audit.alarms, key=lambda alarm: not alarm.raised):
-        word, style = ("ALARM", "bold red") if alarm.raised else ("sound", "green")
-        yield Text.assemble((word, style), f"  {alarm.check}: {alarm.found}")
+def check_lines(audit: Audit) -> Iterator[Text]:
+    """One line per check: alarms, then what was not checked, then what is sound."""
+    for one in by_outcome(audit.checks):
+        word, style = _LOOKS[one.outcome]
+        yield Text.assemble((word, style), f"  {one.check}: {one.found}")
+
+
+def by_outcome(checks: Iterable[Checked]) -> list[Checked]:
+    """Alarms first, then what was not checked, then what is sound."""
+    return sorted(checks, key=lambda one: [*_LOOKS].index(one.outcome))
 
 
 def trace_table(found: Trace) -> Table:

@@ -43,11 +43,12 @@ class ConsoleProgress(Observer):
         self._task = TaskID(0)
         self._rounds = self._finished = self._clients = 0
         self._waiting = ""
+        self._said_size = False
 
     def run_started(self, rounds: int, finished: int) -> None:
         """See :class:`Observer`."""
         self.stop()
-        self._rounds, self._finished = rounds, finished
+        self._rounds, self._finished, self._said_size = rounds, finished, False
         if finished >= rounds:
             self._say(f"all {rounds} rounds are finished already")
         elif finished:
@@ -86,6 +87,22 @@ class ConsoleProgress(Observer):
         self._progress.advance(self._task)
         done = int(self._progress.tasks[0].completed) % self._clients or self._clients
         self._progress.update(self._task, of_round=f"client {done}/{self._clients}")
+
+    def client_bounded(self, number: int, client: str, cuts: str) -> None:
+        """See :class:`Observer`."""
+        self._say(f"round {number}: {client} counts for less: {cuts}", style="yellow")
+
+    def round_rejected(self, number: int, reason: str) -> None:
+        """See :class:`Observer`."""
+        self._say(f"round {number} is not applied: {reason}", style="bold red")
+
+    def checkpoint_saved(self, number: int, nbytes: int, kept: int) -> None:
+        """See :class:`Observer`; said once."""
+        if not self._said_size:
+            self._said_size = True
+            each = human_bytes(nbytes)
+            rounds = "last round is" if kept == 1 else f"last {kept} rounds are"
+            self._say(f"checkpoints of the {rounds} kept, {each} each")
 
     def round_finished(self, record: RoundRecord) -> None:
         """See :class:`Observer`."""

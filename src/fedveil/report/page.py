@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedveil.engine.run_folder import RunFolder as OwnedFolder
 from fedveil.errors import CheckpointError
 from fedveil.files import write_whole
 from fedveil.report import privacy_sections as privacy
@@ -41,9 +42,9 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
             cannot be written.
         AuditError: The run's audit is damaged or of another version.
     """
-    path = folder / "report.html" if out is None else out
     # What no text can hold (half a character, as JSON can) becomes a question mark.
     text = page(RunFolder.read(folder)).encode("utf-8", "replace").decode("utf-8")
+    path = OwnedFolder(folder).claim("report.html") if out is None else out
     write_whole(path, text, CheckpointError, "Free some space, or name another file.")
     return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from fedveil.errors import CheckpointError
+from fedveil.files import write_whole
 from fedveil.report.summary import metric_of_summary
 from fedveil.report.words import human_bytes, human_percent, share
 from fedveil.training.metrics import Metric
@@ -43,6 +46,9 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
     Args:
         summary: What ``summary.json`` holds.
         path: The file to write.
+
+    Raises:
+        CheckpointError: It cannot be written.
     """
     schemes: Mapping[str, Figures] = summary["schemes"]
     metric = metric_of_summary(summary)
@@ -56,8 +62,9 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
     _draw_rounds(figure.add_subplot(rows[0, 0]), schemes, metric)
     _draw_views(figure.add_subplot(rows[0, 1]), schemes, metric)
     _draw_bytes(figure.add_subplot(rows[1, :]), schemes, summary["fp32_bytes"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    write_whole(path, drawn.getvalue(), CheckpointError)
 
 
 def _draw_rounds(axes: Axes, schemes: Mapping[str, Figures], metric: Metric) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from shlex import quote
 
-from fedveil.audit import Alarm, Attacked, UpdateGuess
+from fedveil.audit import Attacked, Checked, UpdateGuess
+from fedveil.audit.findings import ALARM, NOT_APPLICABLE, SOUND, Outcome
+from fedveil.report.audit_table import by_outcome
 from fedveil.report.charts import Chart, draw
 from fedveil.report.curves import (
     MOST_ATTACKS,
@@ -40,11 +42,11 @@ def audit_command(run: RunFolder) -> Html:
 
 def raised_alarms(run: RunFolder) -> Html | None:
     """A red box with everything that should never have been found; None if there is nothing."""
-    raised = [alarm for alarm in run.audit.alarms if alarm.raised] if run.audit else []
+    raised = run.audit.answering(ALARM) if run.audit else []
     if not raised:
         return None
     title = "Alarm: a check of the messages failed"
-    items = listing([[tag("b", alarm.check), ": ", alarm.found] for alarm in raised])
+    items = listing([[tag("b", one.check), ": ", one.found] for one in raised])
     return tag("section", tag("h2", title), items, class_="alarms", aria_label=title)
 
 
@@ -85,7 +87,10 @@ def exposure(run: RunFolder) -> Node:
     """How much of the model each client was shown after each round, and each coalition."""
     shown = run.exposure
     if not shown:
-        return tag("p", "It is not known what clients were shown: there is no exposure ledger.")
+        why = "there is no exposure ledger"
+        if run.audit is not None:
+            why = "messages show more than the units that they list (see the checks)"
+        return tag("p", f"It is not known what clients were shown: {why}.")
     parts: list[Node] = [tag("p", most_shown(shown))]
     if run.audit is None:
         note = "How it came about round by round is known once the run has been audited."
@@ -154,16 +159,21 @@ def _inferred(guesses: Sequence[UpdateGuess]) -> Node:
 
 
 def checks(run: RunFolder) -> Node:
-    """What the messages were checked for; what was found comes first."""
+    """What the messages were checked for: alarms, what was not checked, what is sound."""
     if run.audit is None:
         return [tag("p", "The messages of this run have not been checked."), audit_command(run)]
-    if not run.audit.alarms:
-        return tag("p", "The audit made no checks.")
-    ordered = sorted(run.audit.alarms, key=lambda alarm: not alarm.raised)
-    rows = [(alarm.check, _outcome(alarm), alarm.found) for alarm in ordered]
-    reading = "How to read it: an alarm means that a message holds what no client should ever get."
+    if not run.audit.checks:
+        return tag("p", "The audit made no checks: nothing is known of the messages.")
+    rows = [(one.check, _outcome(one), one.found) for one in by_outcome(run.audit.checks)]
+    reading = (
+        "How to read it: an alarm means that a message holds what no client should ever get. Sound "
+        "means that it was looked for, and is not in what was looked at. Not applicable means that "
+        "it was not looked for, as there was nothing to look at, or as nothing says what should be "
+        "there: that speaks neither for the scheme nor against it."
+    )
+    header = ("Check", "Outcome", "What was found, or why nothing was looked for")
     return [
-        table("Checks of the messages, alarms first", ("Check", "Outcome", "What was found"), rows),
+        table("Checks of the messages, alarms first", header, rows),
         tag("p", reading, class_="aid"),
     ]
 
@@ -243,5 +253,13 @@ def _names(names: Sequence[str]) -> Node:
     ]
 
 
-def _outcome(alarm: Alarm) -> Html:
-    return tag("span", "ALARM", class_="raised") if alarm.raised else tag("span", "nothing found")
+_WORDS: Mapping[Outcome, tuple[str, str]] = {
+    ALARM: ("ALARM", "raised"),
+    NOT_APPLICABLE: (NOT_APPLICABLE, "unmade"),
+    SOUND: (SOUND, "sound"),
+}
+
+
+def _outcome(one: Checked) -> Html:
+    word, look = _WORDS[one.outcome]
+    return tag("span", word, class_=look)

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedveil.audit import Audit, ClientExposure, Exposure, Manifest
 from fedveil.engine import RoundRecord
+from fedveil.engine.ledger import check_ledger
 from fedveil.errors import AuditError, CheckpointError
 from fedveil.schemes import scheme_class, scheme_names
 from fedveil.training.metrics import Metric, metric_in, metric_named
@@ -21,6 +22,8 @@ from fedveil.training.metrics import Metric, metric_in, metric_named
 __all__ = ["RunFolder"]
 
 _FLOAT32_BYTES = 4
+_OF_BEFORE = ("base", "own_data")
+"""Figures that no round changes."""
 _RECORD, _AUDIT = TypeAdapter(RoundRecord), TypeAdapter(Audit)
 
 
@@ -52,13 +55,9 @@ class RunFolder:
         """
         manifest = _read_manifest(folder)
         scheme = _mapping(manifest.configuration.get("scheme"))
-        return cls(
-            folder,
-            manifest,
-            _read_records(folder / "metrics.jsonl"),
-            _read_audit(folder),
-            _read_figures(folder / "summary.json", str(scheme.get("name"))),
-        )
+        records = _read_records(folder / "metrics.jsonl")
+        figures = _read_figures(folder / "summary.json", str(scheme.get("name")), len(records))
+        return cls(folder, manifest, records, _read_audit(folder), figures)
 
     @property
     def name(self) -> str:
@@ -116,11 +115,12 @@ class RunFolder:
         """By client, what he was shown: from the audit or else from the ledger.
 
         Raises:
-            CheckpointError: The ledger is damaged.
+            CheckpointError: The ledger is damaged, or lists less than was released.
         """
         if self.audit is not None:
             return self.audit.exposure
         exposure = Exposure(self.manifest, self.folder)
+        check_ledger(exposure, self.records, self.folder)
         return {
             client: ClientExposure(
                 exposure.share([client]),
@@ -189,8 +189,12 @@ def _read_audit(folder: Path) -> Audit | None:
         ) from error
 
 
-def _read_figures(path: Path, scheme: str) -> Mapping[str, Any]:
-    """The figures of this run's own scheme; a summary may be of several."""
+def _read_figures(path: Path, scheme: str, rounds: int) -> Mapping[str, Any]:
+    """The figures of this run's own scheme; a summary may be of several.
+
+    A run that went on after it was summed up is not where it was then: only what is of before round
+    1 holds as long as it is not summed up anew.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -200,8 +204,13 @@ def _read_figures(path: Path, scheme: str) -> Mapping[str, Any]:
     try:
         schemes = dict(json.loads(text)["schemes"])
         found = schemes.get(scheme) or (next(iter(schemes.values())) if len(schemes) == 1 else {})
-        return {k: v for k, v in dict(found).items() if _is_number(v) or k == "metric"}
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        of_now = rounds in (0, len(found.get("rounds") or range(rounds)))
+        return {
+            name: value
+            for name, value in dict(found).items()
+            if name == "metric" or (_is_number(value) and (of_now or name in _OF_BEFORE))
+        }
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(path, "figures by scheme", error) from error
 
 

@@ -82,6 +82,10 @@ def traffic(run: RunFolder) -> Node:
     return tag("div", draw(chart, lines, reading), class_="figures")
 
 
+def _more(share: float | None) -> str:
+    return human_percent(None if share is None else 100 * share, sign=True)
+
+
 def clients(run: RunFolder) -> Node:
     """One row per client: what it was sent, and what it holds by it."""
     exposure, rows = run.exposure, list[Sequence[Node]]()
@@ -97,7 +101,7 @@ def clients(run: RunFolder) -> Node:
             human_bytes(sum(up)) if run.records else DASH,
             human_percent(100 * one.share, sign=True) if one else DASH,
             f"{one.bits:.1f}" if one else DASH,
-            human_percent(100 * one.next, sign=True) if one and run.audit else DASH,
+            _more(one.next if one and run.audit else None),
         ))  # fmt: skip
     header = (
         "Client", "Proxies sent", "Bytes down", "Bytes up", "Model shown", "Bits per parameter",
@@ -204,16 +208,21 @@ def _left_out(records: Sequence[RoundRecord]) -> Html | None:
     rows = [
         (str(record.round), name, what, reason)
         for record in records
-        for what, reasons in (("not used", record.failed), ("not sent", record.refused))
+        for what, reasons in (
+            ("not used", record.failed),
+            ("counted for less", record.bounded),
+            ("not sent", record.refused),
+            ("not applied", {"all": record.rejected} if record.rejected else {}),
+        )
         for name, reason in sorted(reasons.items())
     ]
     if not rows:
         return None
     whole = table(
-        "Replies that were not used, and proxies that were not sent",
+        "Replies that were not used or counted for less, and proxies that were not sent",
         ("Round", "Client", "What", "Why"), rows,
     )  # fmt: skip
-    return _folded(whole, len(rows), f"{len(rows)} replies not used or proxies not sent")
+    return _folded(whole, len(rows), f"{len(rows)} replies not used or cut, proxies not sent")
 
 
 def _settings(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

@@ -33,6 +33,7 @@ nav ul{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:.2rem 1rem}
 padding:.6rem 1rem;margin:1rem 0}
 .alarms h2{border:0;margin:0;padding:0;color:var(--alarm)}
 .raised{color:var(--alarm);font-weight:700}
+.unmade{color:var(--soft);font-style:italic}
 .key{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,9.5rem),1fr));gap:.6rem;
 margin:1rem 0}
 .key div{background:var(--panel);border-radius:.4rem;padding:.5rem .7rem}

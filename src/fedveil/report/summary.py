@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedveil.errors import CheckpointError
+from fedveil.files import write_whole
 from fedveil.training.metrics import Metric, metric_in, metric_named
 
 if TYPE_CHECKING:
@@ -79,18 +80,13 @@ def write_summary(folder: Path, fp32_bytes: int, schemes: Mapping[str, Mapping[s
 
     Returns:
         The file.
+
+    Raises:
+        CheckpointError: It cannot be written; an earlier one is as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, aside = folder / "summary.json", folder / "summary.json.unfinished"
+    path = folder / "summary.json"
     text = json.dumps({"fp32_bytes": fp32_bytes, "schemes": schemes}, indent=2) + "\n"
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, text, CheckpointError)
     return path
 
 

@@ -14,7 +14,9 @@ from types import FrameType
 from typing import Any, Literal, Protocol
 
 from fedveil.engine import Observer, RoundRecord
-from fedveil.errors import ConfigurationError
+from fedveil.engine.run_folder import RunFolder
+from fedveil.errors import CheckpointError, ConfigurationError
+from fedveil.files import PRIVATE_FILE, write_whole
 
 __all__ = ["MLflow", "TensorBoard", "Tracker", "numbers_of", "watched"]
 
@@ -51,14 +53,16 @@ class TensorBoard:
 
     def __init__(self, folder: Path) -> None:
         _require("tensorboard")
-        self._folder = folder / "tensorboard"
+        self._run = folder
         self._writer: Any = None
 
     def open(self, finished: int) -> None:
         """See :class:`Tracker`; what was written of later rounds is taken back."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder), purge_step=finished + 1)
+        folder = RunFolder(self._run).claim_folder("tensorboard")
+        self._writer = SummaryWriter(str(folder), purge_step=finished + 1)
+        self._close_to_others(folder)
 
     def write(self, number: int, values: dict[str, float]) -> None:
         """See :class:`Tracker`."""
@@ -70,6 +74,12 @@ class TensorBoard:
         """See :class:`Tracker`."""
         if self._writer is not None:
             self._writer.close()
+            self._close_to_others(self._run / "tensorboard")
+
+    def _close_to_others(self, folder: Path) -> None:
+        """TensorBoard makes files as the system does."""
+        for path in folder.iterdir():
+            path.chmod(PRIVATE_FILE)
 
 
 class MLflow:
@@ -95,8 +105,7 @@ class MLflow:
         kept = self._folder / _RUN_ID
         known = kept.read_text(encoding="utf-8").strip() if finished and kept.exists() else None
         run = mlflow.start_run(run_id=known, run_name=None if known else self._folder.name)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(run.info.run_id, encoding="utf-8")
+        write_whole(RunFolder(self._folder).claim(_RUN_ID), run.info.run_id, CheckpointError)
 
     def write(self, number: int, values: dict[str, float]) -> None:
         """See :class:`Tracker`."""
@@ -148,6 +157,8 @@ def numbers_of(record: RoundRecord) -> dict[str, float]:
         "clients/answered": float(len(record.bytes_up)),
         "clients/failed": float(len(record.failed)),
         "clients/refused": float(len(record.refused)),
+        "clients/bounded": float(len(record.bounded)),
+        "rejected": float(bool(record.rejected)),
         "seconds": record.seconds,
     }
     for name, losses in (("first", record.loss_first), ("last", record.loss_last)):
@@ -217,6 +228,15 @@ class _Watched(Observer):
 
     def client_finished(self, number: int, client: str, failure: str | None) -> None:
         self._observer.client_finished(number, client, failure)
+
+    def client_bounded(self, number: int, client: str, cuts: str) -> None:
+        self._observer.client_bounded(number, client, cuts)
+
+    def round_rejected(self, number: int, reason: str) -> None:
+        self._observer.round_rejected(number, reason)
+
+    def checkpoint_saved(self, number: int, nbytes: int, kept: int) -> None:
+        self._observer.checkpoint_saved(number, nbytes, kept)
 
     def round_finished(self, record: RoundRecord) -> None:
         self._observer.round_finished(record)

@@ -25,16 +25,19 @@ def infer_updates(evidence: Evidence, client: str) -> Iterator[UpdateGuess]:
     read to measure the guess only.
 
     Yields:
-        A guess for each round of which updates were kept and after which he was sent a proxy again.
+        A guess for each round of which updates were kept, with what they are updates of, and after
+        which he was sent a proxy again.
     """
     sent = {kept.round: kept for kept in evidence.proxies([client])}
+    known = {(kept.round, kept.client) for kept in evidence.proxies()}
     updates: dict[int, list[Kept]] = {}
     for kept in evidence.updates():
         updates.setdefault(kept.round, []).append(kept)
     for number in sorted(sent):
         answers = updates.get(number, [])
         others = [kept for kept in answers if kept.client != client]
-        if number + 1 in sent and others:
+        whole = all((kept.round, kept.client) in known for kept in answers)
+        if number + 1 in sent and others and whole:
             before, after = evidence.open(sent[number]), evidence.open(sent[number + 1])
             own = next((kept for kept in answers if kept.client == client), None)
             mine = {} if own is None else _update(evidence, own)
