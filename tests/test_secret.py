@@ -2,18 +2,21 @@ import base64
 import copy
 import hmac
 import io
+import os
 import pickle
 import stat
 import struct
 import subprocess
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedveil import ConfigurationError, FedveilError, Secret
+from fedveil.errors import FedveilWarning
 
 ZERO = Secret(bytes(32))
 
@@ -104,10 +107,94 @@ class TestFile:
         with pytest.raises(ConfigurationError, match="nowhere"):
             Secret.from_file(tmp_path / "nowhere")
 
+    @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620, 0o602, 0o666])
+    def test_that_others_can_read_or_replace_is_taken_with_a_warning(self, tmp_path, mode):
+        path = tmp_path / "federation.secret"
+        made = Secret.from_file(path, create=True)
+        path.chmod(mode)
+        with pytest.warns(FedveilWarning, match=rf"mode {mode:04o}.*chmod 600") as told:
+            assert Secret.from_file(path) == made
+        assert path.read_text().strip()[:8] not in str(told[0].message)
+        assert told[0].filename == __file__
+
+    @pytest.mark.parametrize("mode", [0o600, 0o400])
+    def test_that_nobody_else_can_read_is_taken_in_silence(self, tmp_path, mode):
+        path = tmp_path / "federation.secret"
+        made = Secret.from_file(path, create=True)
+        path.chmod(mode)
+        assert Secret.from_file(path) == made  # a warning would be an error here
+
+    def test_a_link_is_judged_by_the_file_that_it_names(self, tmp_path):
+        path, link = tmp_path / "a" / "secret", tmp_path / "link"
+        made = Secret.from_file(path, create=True)
+        link.symlink_to(path)
+        assert Secret.from_file(link, create=True) == made
+        path.chmod(0o644)
+        with pytest.warns(FedveilWarning, match="0644"):
+            Secret.from_file(link)
+
+    def test_a_link_to_nothing_is_not_followed(self, tmp_path):
+        (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(ConfigurationError, match="no secret file"):
+            Secret.from_file(tmp_path / "link", create=True)
+        assert os.listdir(tmp_path) == ["link"]
+
+    @pytest.mark.parametrize("create", [True, False])
+    def test_a_folder_is_no_secret(self, tmp_path, create):
+        with pytest.raises(ConfigurationError, match=r"cannot be read.*expected a file"):
+            Secret.from_file(tmp_path, create=create)
+
+    def test_a_file_in_the_way_of_its_folder_is_said(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(ConfigurationError, match="secret file cannot be written"):
+            Secret.from_file(tmp_path / "file" / "secret", create=True)
+
+    def test_a_huge_file_is_not_read(self, tmp_path):
+        path = tmp_path / "huge"
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+        path.chmod(0o600)
+        with pytest.raises(ConfigurationError, match="cannot be used"):
+            Secret.from_file(path)
+
+    def test_of_many_who_make_it_at_once_all_get_the_same(self, tmp_path):
+        def make(_):
+            return Secret.from_file(tmp_path / "secret", create=True)
+
+        with ThreadPoolExecutor(16) as pool:
+            assert len(set(pool.map(make, range(64)))) == 1
+        assert os.listdir(tmp_path) == ["secret"]
+
+    @pytest.mark.parametrize("moment", ["fsync", "link"])
+    def test_interrupted_it_is_made_whole_by_the_next(self, tmp_path, monkeypatch, moment):
+        def power_cut(*arguments):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fedveil.secret.os.{moment}", power_cut)
+            with pytest.raises(KeyboardInterrupt):
+                Secret.from_file(tmp_path / "secret", create=True)
+        assert not (tmp_path / "secret").exists()
+        Secret.from_file(tmp_path / "secret", create=True)
+
+    def test_where_there_are_no_links_it_is_made_all_the_same(self, tmp_path, monkeypatch):
+        def no_links(*arguments):
+            raise OSError(1, "Operation not permitted")
+
+        monkeypatch.setattr("fedveil.secret.os.link", no_links)
+        before = os.umask(0)
+        try:
+            made = Secret.from_file(tmp_path / "secret", create=True)
+        finally:
+            os.umask(before)
+        assert Secret.from_file(tmp_path / "secret") == made
+        assert os.listdir(tmp_path) == ["secret"]
+
     @pytest.mark.parametrize("content", [b"", b"secretword", b"ab" * 31, b"ab" * 33, b"\xff" * 64])
     def test_unusable_content_is_not_quoted(self, tmp_path, content):
         path = tmp_path / "bad"
         path.write_bytes(content)
+        path.chmod(0o600)
         with pytest.raises(FedveilError) as caught:
             Secret.from_file(path)
         shown = "".join(traceback.format_exception(caught.value))

@@ -23,6 +23,7 @@ __all__ = [
     "DataError",
     "ExposureError",
     "FedveilError",
+    "FedveilWarning",
     "ProtocolError",
     "TrainingError",
     "UnknownArchitectureError",
@@ -62,6 +63,10 @@ def _rebuild(
     kind: type[FedveilError], problem: str, expected: str, found: str, where: str, fix: str
 ) -> FedveilError:
     return kind(problem, expected=expected, found=found, where=where, fix=fix)
+
+
+class FedveilWarning(UserWarning):
+    """Work goes on, and somebody should look at something: the command line shows it as a line."""
 
 
 class ConfigurationError(FedveilError, ValueError):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets as system_random
+import stat
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,16 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedveil.errors import ConfigurationError
+from fedveil.errors import ConfigurationError, FedveilWarning
+from fedveil.files import private_file, sync
 
 __all__ = ["Secret"]
 
 SECRET_BYTES = 32
 _LABEL = b"fedveil secret v1"
+_OTHERS = 0o066
+_LONGEST = 1024
+"""Bytes of a secret's file that are read: it has 65."""
 
 
 class Secret:
@@ -56,23 +63,32 @@ class Secret:
 
         Args:
             path: The file.
-            create: Make a new secret there if the file does not exist, with permissions 0600.
+            create: Make a new secret there if the file does not exist, with permissions 0600: whole
+                or not at all, and of two who do so at once both get the same.
 
         Raises:
-            ConfigurationError: If the file is missing or does not hold a secret. The error never
-                quotes the file's content.
+            ConfigurationError: If the file is missing, cannot be read or does not hold a secret.
+                The error never quotes the file's content.
+
+        Warns:
+            FedveilWarning: If others can read the file or write to it.
         """
         path = Path(path)
         if create and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "w") as file:
-                file.write(system_random.token_bytes(SECRET_BYTES).hex() + "\n")
+            _create(path)
         try:
-            return cls(bytes.fromhex(path.read_text(encoding="ascii")))
+            text, mode = _read(path)
+            secret = cls(bytes.fromhex(text))
         except FileNotFoundError:
             raise ConfigurationError(
                 "There is no secret file", where=str(path), fix="Create one, or name another file."
+            ) from None
+        except OSError as error:
+            raise ConfigurationError(
+                "The secret file cannot be read",
+                expected="a file",
+                found=error.strerror or type(error).__name__,
+                where=str(path),
             ) from None
         except (ValueError, UnicodeError):
             raise ConfigurationError(
@@ -81,6 +97,14 @@ class Secret:
                 where=str(path),
                 fix="Restore the file; a new secret cannot continue an old federation.",
             ) from None
+        if os.name == "posix" and mode & _OTHERS:
+            warnings.warn(
+                f"Others can read or replace the secret in {path}, which has mode {mode:04o}: who "
+                f"knows it knows which units were withheld from whom. Say: chmod 600 {path}",
+                FedveilWarning,
+                stacklevel=2,
+            )
+        return secret
 
     def words(self, count: int, *purpose: str | int) -> npt.NDArray[np.uint64]:
         """The first ``count`` 64-bit words of the stream for one purpose.
@@ -121,3 +145,57 @@ class Secret:
 
     def __hash__(self) -> int:
         return hash(self.fingerprint())
+
+
+def _read(path: Path) -> tuple[str, int]:
+    """A file's text, and its mode."""
+    with path.open("rb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        return file.read(_LONGEST).decode("ascii"), mode
+
+
+def _create(path: Path) -> None:
+    """A new secret in a file that is whole from the first moment that it has its name.
+
+    Raises:
+        ConfigurationError: It cannot be written.
+    """
+    aside = path.with_name(f"{path.name}.{system_random.token_hex(4)}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with private_file(aside) as file:
+                file.write(system_random.token_bytes(SECRET_BYTES).hex().encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):  # somebody else was faster: that one counts
+                _put_in_place(aside, path)
+            if os.name == "posix":
+                sync(path.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            "The secret file cannot be written",
+            found=error.strerror or type(error).__name__,
+            where=str(path),
+        ) from None
+
+
+def _put_in_place(aside: Path, path: Path) -> None:
+    """Give a file a name that nobody else has given.
+
+    Raises:
+        FileExistsError: Somebody has.
+    """
+    if os.name == "posix":
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with path.open("xb") as file:
+                path.chmod(0o600)
+                file.write(aside.read_bytes())
+    else:
+        aside.rename(path)  # which replaces nothing there

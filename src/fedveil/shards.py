@@ -7,7 +7,6 @@ The layout is Hugging Face's: ``model.safetensors`` alone if everything fits one
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, FedveilError
+from fedveil.files import PRIVATE_FILE, PRIVATE_FOLDER, private_file, sync
 from fedveil.state import tie_key
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "load_into",
     "model_files",
     "open_shards",
+    "save_private",
     "save_shards",
     "whole_folder",
     "write_shards",
@@ -212,7 +213,7 @@ def write_shards(
     for shard in _divide(tensors, shard_bytes):
         # How many there will be is known at the end: they get their names then.
         part = folder / f"part-{len(parts) + 1:05d}"
-        save_file(shard, part, metadata=_METADATA)
+        save_private(shard, part)
         parts.append((part, list(shard)))
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(parts) == 1:
@@ -223,14 +224,27 @@ def write_shards(
         files.append(file)
         index |= dict.fromkeys(names, file.name)
     content = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+    with private_file(folder / INDEX) as index_file:
+        index_file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
     return [*files, folder / INDEX]
+
+
+def save_private(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file that only its owner may read, whatever the library makes of it.
+
+    Raises:
+        OSError, SafetensorError: It could not be written.
+    """
+    private_file(path).close()  # it has its mode before it has any content
+    save_file(dict(tensors), path, metadata=_METADATA)
+    path.chmod(PRIVATE_FILE)
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``folder`` when all went well, safely on disk by then.
 
+    Only its owner may enter it, or read what is in it, whoever wrote that, and with what umask.
     A crash inside leaves ``folder`` as it was, and beside it what was unfinished, which the next
     try removes; an error leaves nothing. While an earlier folder is replaced there is a moment when
     it is called ``replaced-...`` and the new one ``unfinished-...``, both whole.
@@ -241,10 +255,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     aside = folder.with_name(_UNFINISHED + folder.name)
     earlier = folder.with_name(_REPLACED + folder.name)
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside.mkdir(mode=PRIVATE_FOLDER, parents=True)
     try:
         yield aside
         for path in sorted(path for path in aside.rglob("*") if not path.is_symlink()):
+            path.chmod(PRIVATE_FOLDER if path.is_dir() else PRIVATE_FILE)
             sync(path)
         sync(aside)
         if folder.exists():
@@ -258,15 +273,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     shutil.rmtree(earlier, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file or folder to disk before this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _divide(tensors: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:

@@ -208,4 +208,4 @@ def test_run_and_audited_on_the_command_line(home):
     # What anybody can get is the public model, and not the base.
     assert found["models"]["public"] != found["models"]["base"]
     assert set(found["coalitions"].values()) == {0.0}
-    assert not [alarm for alarm in found["alarms"] if alarm["raised"]]
+    assert "alarm" not in [one["outcome"] for one in found["checks"]]

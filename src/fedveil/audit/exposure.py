@@ -6,8 +6,9 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,97 @@ import torch
 from fedveil.audit.evidence import Proxy
 from fedveil.audit.manifest import Manifest
 from fedveil.errors import CheckpointError
+from fedveil.files import PRIVATE_FILE, read_record, write_whole
 from fedveil.masking import Release
 from fedveil.selection import Selection
 from fedveil.wire import Message
 
-__all__ = ["Exposure", "Shown"]
+__all__ = ["HEAD", "NAME", "Exposure", "Shown"]
 
-NAME = "exposure.jsonl"
+NAME, HEAD = "exposure.jsonl", "exposure.head"
+FORMAT = 1
+"""Of the head. A ledger whose lines are not chained is of the version before there was one."""
+
+_HEAD_BYTES = 256
+"""Of the head's file: always as long, and less than what a disk writes at once."""
+
+_RESTORE = (
+    f"Every release must be listed: restore {NAME} and {HEAD} from a copy, or begin a new run."
+)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """How far the ledger goes, kept apart from it: a ledger that was cut off is then seen.
+
+    Attributes:
+        lines: Lines that it has at least.
+        size: Their bytes.
+        last: The link that a line after them carries.
+    """
+
+    lines: int
+    size: int
+    last: str
+
+    @classmethod
+    def read(cls, path: Path) -> _Head | None:
+        """The head in a file; None if there is no file.
+
+        Raises:
+            CheckpointError: It cannot be read.
+        """
+        if not path.exists():
+            return None
+        absent = CheckpointError("The head of the exposure ledger has gone", where=str(path))
+        try:
+            return read_record(path, FORMAT, cls._of, CheckpointError, absent)
+        except CheckpointError as error:
+            raise CheckpointError(
+                "The head of the exposure ledger cannot be used",
+                found=error.found or error.problem,
+                where=str(path),
+                fix=_RESTORE,
+            ) from error
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any]) -> _Head:
+        head = cls(**values)
+        if type(head.lines) is not int or type(head.size) is not int or type(head.last) is not str:
+            raise TypeError("a number of lines, one of bytes, and a link are needed")
+        return head
+
+    def write(self, path: Path) -> None:
+        """Write it, whole or not at all.
+
+        An earlier one of the same length is written over in place, and not waited for: after a
+        power cut the older head may be there, beyond which the ledger may have more lines. A file
+        of its own for every release would take three times as long as the release's line.
+
+        Raises:
+            CheckpointError: It cannot be written.
+            OSError: Likewise.
+        """
+        text = json.dumps({"format": FORMAT, **asdict(self)}).ljust(_HEAD_BYTES - 1) + "\n"
+        if path.exists() and path.stat().st_size == len(text):
+            with path.open("r+b", buffering=0) as file:
+                file.write(text.encode())
+        else:
+            write_whole(path, text, CheckpointError)
+
+    def after(self, lines: Sequence[bytes]) -> _Head:
+        """The head once these lines were appended."""
+        size = self.size + sum(map(len, lines))
+        last = _link(lines[-1]) if lines else self.last
+        return _Head(self.lines + len(lines), size, last)
+
+
+def _link(data: bytes) -> str:
+    """What the line after these bytes carries of them."""
+    return hashlib.sha256(data).hexdigest()
+
+
+_EMPTY = _Head(0, 0, _link(b""))
 
 
 @dataclass(frozen=True)
@@ -91,7 +176,11 @@ class Exposure:
     """The exposure ledger of a run: per client, which units were released, how often, at what bits.
 
     Every release is written down before it leaves, so that a crash can at most count too much.
-    Reading changes nothing on disk.
+    Reading changes nothing on disk. Each line carries the SHA-256 of the one before it, and
+    ``exposure.head`` says how many lines there are and what the last one is: a ledger of which a
+    line was lost, altered, or moved is an error, and never read as less. Lines are on disk before
+    the head says so, and the head before the release leaves: lines beyond the head are of a crash
+    in between and count, and half a line beyond it is of a release that never left.
 
     What a share says: how many of the owner's model's numbers some clients were ever sent, in any
     round, at any number of bits. Of a tensor that is cut along two axes a number counts as shown if
@@ -101,26 +190,28 @@ class Exposure:
     What it does NOT bound: what can be guessed of the rest (from a public base, or by training on
     own data); how well the shown part works as a model; what the trained model's other releases
     tell of it. A share of 60 % is no promise that 40 % of the model's worth is kept: the audit's
-    attacks measure that.
+    attacks measure that. Nor does the chain protect against whoever may write to the folder and
+    wants to deceive: no key is in it, and ledger and head can be written anew.
 
     Args:
         manifest: Of the run.
         folder: Where ``exposure.jsonl`` is kept; what it holds already is read. None keeps nothing.
 
     Raises:
-        CheckpointError: The file cannot be read, or does not belong to the run.
+        CheckpointError: The ledger cannot be read, is not what was written, or is of another run.
     """
 
     def __init__(self, manifest: Manifest, folder: Path | None = None) -> None:
         self._manifest = manifest
         self._sizes = {group.name: group.size for group in manifest.groups}
-        self._path = None if folder is None else folder / NAME
+        self._path = None if folder is None else Path(folder) / NAME
         self._known: dict[str, Shown] = {}
         self._releases: dict[tuple[int, str], str] = {}
-        self._whole_bytes: int | None = None
         self._totals: dict[str, Shown] = {}
-        if self._path is not None and self._path.exists():
-            self._replay(self._path)
+        self._end, self._on_disk, self._is_chained = _EMPTY, 0, True
+        self._heads: set[str] = set()
+        if self._path is not None:
+            self._read(self._path)
 
     @property
     def clients(self) -> list[str]:
@@ -194,8 +285,7 @@ class Exposure:
             CheckpointError: It cannot be written down; then it must not leave.
         """
         shown = Shown.of(Proxy(message, self._manifest))
-        values = shown.to_json()
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        values, digest = shown.to_json(), _digest(shown)
         lines = []
         if digest not in self._known:
             lines.append({"shown": digest, **values})
@@ -204,6 +294,12 @@ class Exposure:
         self._append(lines)
         self._known.setdefault(digest, shown)
         self._add(message.round, message.client, digest)
+
+    def count(self, number: int, client: str, shown: Shown) -> None:
+        """Count a release that is written down elsewhere; nothing is written."""
+        digest = _digest(shown)
+        self._known.setdefault(digest, shown)
+        self._add(number, client, digest)
 
     def _add(self, number: int, client: str, digest: str) -> None:
         self._releases[number, client] = digest
@@ -238,18 +334,42 @@ class Exposure:
             if tensors[name].is_floating_point:
                 yield name, selection.shape(name, shapes[name]).numel()
 
+    @property
+    def head(self) -> str:
+        """How many lines there are, and the link that the next one carries."""
+        return _text(self._end)
+
+    def had(self, head: str) -> bool:
+        """Whether the ledger once ended as :attr:`head` said, and has gone on from there."""
+        return head in self._heads or head == _text(_EMPTY)
+
+    def begin(self) -> None:
+        """Make the ledger and its head, unless they are there: what is missing later was lost.
+
+        Raises:
+            CheckpointError: They cannot be written.
+        """
+        if self._path is None:
+            return
+        if not (head := self._path.with_name(HEAD)).exists():
+            self._end.write(head)
+        if not self._path.exists():
+            write_whole(self._path, b"", CheckpointError)
+
     def _append(self, lines: list[dict[str, Any]]) -> None:
         if self._path is None or not lines:
             return
+        if not self._is_chained:  # what an earlier version wrote is sealed by the first line
+            lines = [{"sealed": self._end.lines}, *lines]
+        chained, link = list[bytes](), self._end.last
+        for line in lines:
+            chained.append(json.dumps({**line, "after": link}).encode() + b"\n")
+            link = _link(chained[-1])
+        end = self._end.after(chained)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                if self._whole_bytes is not None:
-                    file.truncate(self._whole_bytes)
-                    self._whole_bytes = None
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
+            self.begin()
+            self._check_untouched(self._path)
+            self._write(self._path, b"".join(chained), end)
         except OSError as error:
             raise CheckpointError(
                 "A release could not be written down, so it was not made",
@@ -257,28 +377,120 @@ class Exposure:
                 where=str(self._path),
                 fix="Free some space and run again with resume.",
             ) from error
+        self._end, self._on_disk, self._is_chained = end, end.size, True
+        self._heads.add(_text(end))
 
-    def _replay(self, path: Path) -> None:
+    def _check_untouched(self, path: Path) -> None:
+        size = path.stat().st_size
+        if size != self._on_disk:
+            raise CheckpointError(
+                "Somebody else has written to the exposure ledger, so no release was made",
+                expected=f"{self._on_disk} bytes",
+                found=f"{size} bytes",
+                where=str(path),
+                fix="Let one run at a time work in a folder, and run again with resume.",
+            )
+
+    def _write(self, path: Path, data: bytes, end: _Head) -> None:
+        """Append to the ledger, then to its head. If that fails, they are as they were."""
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            with path.open("r+b") as file:
+                path.chmod(PRIVATE_FILE)  # earlier versions made it for all to read
+                file.seek(self._end.size)
+                file.truncate()  # half a line that a crash has left
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            end.write(path.with_name(HEAD))
+        except BaseException:
+            with suppress(OSError):
+                os.truncate(path, self._end.size)
+                self._on_disk = self._end.size
+            raise
+
+    def _read(self, path: Path) -> None:
+        # The head first: whoever writes meanwhile makes the ledger longer, never shorter.
+        head = _Head.read(path.with_name(HEAD))
+        if not path.exists():
+            if head is not None and head.lines:
+                raise _lost(path, f"{head.lines} lines", "no file")
+            return
+        try:
+            data = path.read_bytes()
+        except OSError as error:
             raise CheckpointError(
                 "The exposure ledger cannot be read", found=str(error), where=str(path)
             ) from error
-        *lines, torn = text.split("\n")
+        self._replay(path, data, head)
+        self._on_disk = len(data)
+
+    def _replay(self, path: Path, data: bytes, head: _Head | None) -> None:
+        """Go through all lines that are whole."""
+        *lines, torn = data.split(b"\n")
+        unchained = hashlib.sha256()
         for number, line in enumerate(lines, start=1):
             try:
-                values = json.loads(line)
-                if "client" in values:
-                    self._add(int(values["round"]), str(values["client"]), values["shown"])
-                else:
-                    self._known[values["shown"]] = Shown.from_json(values, self._sizes)
-            except (KeyError, TypeError, ValueError) as error:
+                self._take(json.loads(line.decode()))
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
                 raise CheckpointError(
                     "The exposure ledger is damaged",
-                    found=repr(error)[:120],
+                    found=(str(error) if isinstance(error, _LinkError) else repr(error))[:160],
                     where=f"{path}, line {number}",
-                    fix="It must list every release: restore it, or begin a new run.",
+                    fix=_RESTORE,
                 ) from error
-        if torn:  # a crash cut its writing short: the message it was about never left
-            self._whole_bytes = len(text.encode()) - len(torn.encode())
+            self._end = self._end.after([line + b"\n"])
+            if not self._is_chained:  # under a seal there is one link, of everything before it
+                unchained.update(line + b"\n")
+                self._end = replace(self._end, last=unchained.hexdigest())
+            self._heads.add(_text(self._end))
+            if head is not None and number == head.lines and self._end != head:
+                raise _lost(path, "the lines that its head is of", "others")
+        if head is None and lines and self._is_chained:
+            raise _lost(path, f"{HEAD} beside it", "no such file")
+        if head is not None and self._end.lines < head.lines:
+            found = f"{self._end.lines} lines" + (" and a half" if torn else "")
+            raise _lost(path, f"{head.lines} lines", found)
+
+    def _take(self, values: Mapping[str, Any]) -> None:
+        """One line.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is none, or not the one that follows.
+        """
+        link = values.get("after")
+        if link is None and (self._end.lines == 0 or not self._is_chained):
+            self._is_chained = False  # of a version that did not chain lines
+        elif link != self._end.last:
+            raise _LinkError("a line that does not follow the one before it")
+        elif not self._is_chained:
+            if values.get("sealed") != self._end.lines:
+                raise _LinkError("no seal under the lines of an earlier version")
+            self._is_chained = True
+            return
+        if "client" in values:
+            self._add(int(values["round"]), str(values["client"]), values["shown"])
+        else:
+            self._known[values["shown"]] = Shown.from_json(values, self._sizes)
+
+
+class _LinkError(ValueError):
+    """A line is whole, and not the one that belongs here."""
+
+
+def _text(head: _Head) -> str:
+    return f"{head.lines}:{head.last}"
+
+
+def _lost(path: Path, expected: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        "The exposure ledger is not what was written: some of it is lost or was altered",
+        expected=expected,
+        found=found,
+        where=str(path),
+        fix=_RESTORE,
+    )
+
+
+def _digest(shown: Shown) -> str:
+    """By what a ledger calls what was shown."""
+    return hashlib.sha256(json.dumps(shown.to_json(), sort_keys=True).encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ from torch import nn
 from fedveil.config.building import tokenizer_name
 from fedveil.config.file import Config
 from fedveil.config.models import load_tokenizer, quiet_transformers
+from fedveil.engine.run_folder import RunFolder
 from fedveil.shards import SHARD_BYTES, whole_folder, write_shards
 from fedveil.state import read_state
 
@@ -21,8 +22,11 @@ def save_model(config: Config, model: nn.Module) -> Path:
     Args:
         config: Of the run, whose folder it goes into.
         model: To be saved; with its tokenizer if it reads text.
+
+    Raises:
+        CheckpointError: A folder of that name is there that no run wrote.
     """
-    folder = config.out / "model"
+    folder = RunFolder(config.out).claim("model")
     with whole_folder(folder) as aside:
         if hasattr(model, "save_pretrained"):
             with quiet_transformers():

@@ -27,11 +27,13 @@ from fedveil.demo.setting import fast_matmul, offline
 from fedveil.engine import Evaluation, Observer
 from fedveil.engine.crew import threads
 from fedveil.engine.in_process import start_importing
+from fedveil.engine.run_folder import RunFolder
 from fedveil.federation import Federation, Result, Tuning
 from fedveil.report import ConsoleProgress, plot, summarize, table, write_summary
 from fedveil.report.page import write_page
 from fedveil.schemes import FedAvg, FedQSN, Scheme
 from fedveil.secret import Secret
+from fedveil.shards import whole_folder
 from fedveil.training import Prepared, TextClassification, Trainer, Training
 
 __all__ = [
@@ -145,6 +147,7 @@ def run_demo(
         setting: Other numbers than the demo's own.
     """
     console, setting = console or Console(), setting or Setting()
+    RunFolder(out).check(("summary.json", "summary.png", "model"))
     with offline(), fast_matmul(), ConsoleProgress(console) as progress:
         console.print(
             f"The owner tunes MiniLM (22.7 M parameters) on {setting.owner_documents} documents of "
@@ -266,6 +269,7 @@ def _audit(folder: Path, federation: Federation, scene: Scene, console: Console)
     """What attackers make of what was sent, in a sentence; the page tells the rest."""
     with console.status("audit") as status, threads(_AUDIT_THREADS):
         found = audit(Evidence(folder), federation.stage(scene.public), tell=status.update)
+    RunFolder(folder).claim("audit.json")
     found.write(folder)
     page = write_page(folder)
     console.print(Text(found.sentence, style="bold"), soft_wrap=True)
@@ -286,11 +290,13 @@ def _report(
     console: Console,
 ) -> None:
     summary = {"fp32_bytes": result.parameters_bytes, "schemes": schemes}
+    place = RunFolder(out)
+    place.claim("summary.json")
     path = write_summary(out, result.parameters_bytes, schemes)
-    plot(summary, out / "summary.png")
-    with quiet_transformers():
-        result.global_model.save_pretrained(out / "model")  # type: ignore[operator]
-        scene.tokenizer.save_pretrained(out / "model")
+    plot(summary, place.claim("summary.png"))
+    with quiet_transformers(), whole_folder(place.claim("model")) as folder:
+        result.global_model.save_pretrained(folder)  # type: ignore[operator]
+        scene.tokenizer.save_pretrained(folder)
     console.print()
     console.print(table(summary))
     console.print()

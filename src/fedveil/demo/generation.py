@@ -32,6 +32,7 @@ from fedveil.report import ConsoleProgress
 from fedveil.report.words import DASH, human_bytes
 from fedveil.schemes import FedLPP, FedQSN, Scheme
 from fedveil.secret import Secret
+from fedveil.shards import whole_folder
 from fedveil.training import CausalLM, Prepared, Training, evaluate, generate
 
 __all__ = ["GENERATION_SCHEMES", "GenerationSetting", "prepare", "run_generation_demo"]
@@ -126,8 +127,8 @@ def run_generation_demo(
             result = federation.run(setting.rounds, overwrite=True)
             figures[name] = _figures(result, base, time.perf_counter() - started)
             texts[name] = _headlines(result.global_model, task, shown)
-            with quiet_transformers():
-                result.global_model.save_pretrained(out / name / "adapter")  # type: ignore[operator]
+            with quiet_transformers(), whole_folder(out / name / "adapter") as folder:
+                result.global_model.save_pretrained(folder)  # type: ignore[operator]
     found = {"schemes": figures, "headlines": texts}
     write_whole(out / "results.json", json.dumps(found, indent=1), CheckpointError)
     _report(console, figures, texts, shown)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fedveil.errors import CheckpointError
+from fedveil.files import PRIVATE_FOLDER, make_private
+from fedveil.shards import save_private
 from fedveil.state import StateDict
 
 __all__ = ["ClientFiles"]
+
+_FILE = re.compile(r"round-\d{6,}\.(safetensors|unfinished)")
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class ClientFiles:
     leaves is a file of its own, and files go when a later round is in a checkpoint.
 
     Attributes:
-        folder: One folder per client is made in it.
+        folder: One folder per client is made in it, which only the owner of the process may enter.
 
     Does NOT protect: in a simulation clients' memories lie on the owner's disk. They are parts of
     the clients' updates.
@@ -62,8 +66,10 @@ class ClientFiles:
         path = self.folder / client / f"round-{number:06d}.safetensors"
         aside = path.with_suffix(".unfinished")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(memory, aside)
+            make_private(self.folder)
+            make_private(path.parent)
+            path.parent.chmod(PRIVATE_FOLDER)  # earlier versions made it for all to read
+            save_private(memory, aside)
             os.replace(aside, path)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
@@ -75,18 +81,27 @@ class ClientFiles:
                 fix="Free some space and run again with resume.",
             ) from error
 
-    def settle(self, number: int) -> None:
-        """Round ``number`` is safe: forget what only earlier rounds, or crashed ones, needed."""
+    def settle(self, oldest: int) -> None:
+        """Nobody goes back beyond round ``oldest``: forget what only earlier rounds needed."""
         for client in self._clients():
-            files = self._files(client.name)
-            needed = [path for path in files if _round(path) <= number][-1:]
-            for path in files:
-                if path not in needed:
+            for path in [path for path in self._files(client.name) if _round(path) <= oldest][:-1]:
+                path.unlink(missing_ok=True)
+
+    def drop_after(self, number: int) -> None:
+        """Forget what clients learned after round ``number``: it is run anew."""
+        for client in self._clients():
+            for path in self._files(client.name):
+                if _round(path) > number:
                     path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forget everything. What is there besides, and is nobody's memory, stays."""
+        for client in self._clients():
+            for path in client.iterdir() if client.is_dir() else ():
+                if _FILE.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+            with suppress(OSError):
+                client.rmdir()  # not if something else is in it
 
     def _clients(self) -> Iterable[Path]:
         return sorted(self.folder.iterdir()) if self.folder.is_dir() else []

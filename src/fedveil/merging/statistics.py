@@ -17,6 +17,7 @@ from fedveil.aggregation import RegMean
 from fedveil.aggregation.gram import Gram
 from fedveil.aggregation.linear import linear_layers
 from fedveil.errors import ConfigurationError, ProtocolError, WireError
+from fedveil.files import private_file
 from fedveil.merging.fisher import decode_fisher, encode_fisher, fisher_diagonal
 from fedveil.selection import Selection
 from fedveil.state import read_state
@@ -141,11 +142,12 @@ class MergeStatistics:
         return decode_fisher(self.message, model)
 
     def save(self, path: str | Path) -> None:
-        """Write them to a file, whole or not at all."""
+        """Write them to a file that only its owner may read, whole or not at all."""
         path = Path(path)
         aside = path.with_name(path.name + ".unfinished")
         try:
-            aside.write_bytes(self.message.to_bytes())
+            with private_file(aside) as file:
+                file.write(self.message.to_bytes())
             aside.replace(path)
         finally:
             with suppress(OSError):

@@ -14,6 +14,7 @@ authentication).
 
 from fedveil.wire.limits import Limits
 from fedveil.wire.message import Message
+from fedveil.wire.reply import reply_limits
 from fedveil.wire.sections import Dense, Gathered, Section, Sections, Statistics, UnitIndex
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "Sections",
     "Statistics",
     "UnitIndex",
+    "reply_limits",
 ]

@@ -265,13 +265,7 @@ def _as_bytes(data: bytes | bytearray | memoryview, limits: Limits) -> memoryvie
         raw = memoryview(data)
     except TypeError:
         raise WireError("not bytes", found=type(data).__name__) from None
-    if raw.nbytes > limits.max_bytes:
-        raise WireError(
-            "message too large",
-            expected=f"up to {limits.max_bytes} bytes",
-            found=f"{raw.nbytes} bytes",
-            fix="Raise Limits.max_bytes if this is meant.",
-        )
+    limits.check_length(raw.nbytes)
     plain = raw.ndim == 1 and raw.format == "B" and raw.c_contiguous
     return raw if plain else memoryview(raw.tobytes())
 
