@@ -11,7 +11,7 @@ import fedveil
 
 SOURCE = Path(fedveil.__file__).parent
 ROOMS = (
-    "errors", "files", "units", "secret", "masking", "selection", "state", "shards", "shrinking",
+    "errors", "files", "units", "secret", "drawing", "masking", "selection", "state", "shards", "shrinking",
     "quantization", "wire", "updates", "aggregation", "schemes", "training", "audit", "engine",
     "federation", "data", "config", "merging", "report", "flower", "deploy", "demo", "cli", "",
 )  # fmt: skip

@@ -6,7 +6,7 @@ updates, and the server adds these to the full-precision model that nobody else 
 """
 
 from fedveil.aggregation import Mean, RegMean
-from fedveil.engine import Evaluation, Observer, RoundRecord
+from fedveil.engine import Bounds, Evaluation, Observer, RoundRecord
 from fedveil.errors import (
     CheckpointError,
     ConfigurationError,
@@ -32,6 +32,7 @@ from fedveil.training import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bounds",
     "CausalLM",
     "CheckpointError",
     "ConfigurationError",

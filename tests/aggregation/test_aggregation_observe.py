@@ -39,7 +39,7 @@ def grams(model, *batches, settings_=EXACT, changed=None, selection=EVERYTHING):
     layers = linear_layers(model)
     shapes = {n: t.shape for n, t in model.named_parameters()}
     _, found = settings_.codec.decode(message(observed), layers, shapes, selection)
-    as_sent = {name: replace(gram, rounded=False) for name, gram in found.items()}
+    as_sent = {name: replace(gram, rounded=False, received=False) for name, gram in found.items()}
     return {name: gram.dense(1.0, 0.0)[0] for name, gram in as_sent.items()}, observed
 
 
@@ -413,7 +413,7 @@ class TestNoise:
         shapes = {"0.weight": torch.Size([2, 30])}
         layers = linear_layers(model)
         _, found = settings_.codec.decode(message(observed), layers, shapes, EVERYTHING)
-        sent = replace(found["0.weight"], rounded=False).dense(1.0, 0.0)[0]
+        sent = replace(found["0.weight"], rounded=False, received=False).dense(1.0, 0.0)[0]
         solved = found["0.weight"].dense(1.0, 0.0)[0]
         assert float(torch.linalg.eigvalsh(sent.double()).min()) < -0.1
         assert float(torch.linalg.eigvalsh(solved.double()).min()) > -1e-5

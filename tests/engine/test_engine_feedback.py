@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from fedveil import CheckpointError, FedAvg, FedQSN, Observer
 from fedveil.engine.memory import ClientFiles
+from fedveil.engine.run_folder import RunFolder
 from toys import federation, mlp, same, weights
 
 SCHEMES = {
@@ -54,11 +55,12 @@ def test_neither_workers_nor_a_folder_change_the_result(scheme, tmp_path):
 
 
 def test_one_file_per_client_is_left(scheme, tmp_path):
-    run(scheme, out=tmp_path)
-    kept = sorted(path.relative_to(tmp_path / "clients") for path in tmp_path.glob("clients/*/*"))
+    run(scheme, out=tmp_path, checkpoints=1)
+    memories = RunFolder(tmp_path).memories
+    kept = sorted(path.relative_to(memories) for path in memories.glob("*/*"))
     assert len(kept) == 3
     assert {path.parts[0] for path in kept} == {"partner-0", "partner-1", "partner-2"}
-    residual = load_file(tmp_path / "clients" / kept[0])
+    residual = load_file(memories / kept[0])
     assert residual["3.weight"].shape == (64, 96)
 
 
@@ -82,7 +84,9 @@ def test_a_round_that_was_cut_short_is_run_from_what_clients_knew_before(scheme,
 
 
 def test_a_new_run_in_a_folder_begins_with_nothing(scheme, tmp_path):
-    ClientFiles(tmp_path / "clients").keep("partner-0", 0, {"3.weight": torch.ones(64, 96)})
+    RunFolder(tmp_path).prepare()
+    left = ClientFiles(RunFolder(tmp_path).memories)
+    left.keep("partner-0", 0, {"3.weight": torch.ones(64, 96)})
     assert same(run(scheme, out=tmp_path), run(scheme))
 
 
@@ -107,4 +111,7 @@ def test_only_what_may_be_needed_is_kept(tmp_path):
     assert files.recall("a", 4)["w"].item() == 2
     assert files.recall("a", 1) == {}
     files.settle(3)
+    left = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert left == ["round-000002.safetensors", "round-000004.safetensors"]
+    files.drop_after(2)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["round-000002.safetensors"]

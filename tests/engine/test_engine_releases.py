@@ -1,17 +1,16 @@
 """A limit on how many proxies one client may be sent."""
 
-import random
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedveil import ConfigurationError, FedQSN, Observer, RoundRecord
+from fedveil import Bounds, ConfigurationError, FedQSN, Observer, RoundRecord
 from fedveil.engine import Rounds
-from fedveil.engine.crew import Answer
+from fedveil.engine.crew import Answer, order_of
 from fedveil.engine.in_process import InTurn
-from toys import federation, files, metrics, mlp, rows, same, weights
+from toys import SECRET, federation, files, metrics, mlp, rows, same, weights
 
 CLIENTS = {f"c{i}": rows(3, seed=i) for i in range(5)}
 
@@ -138,9 +137,9 @@ def sample(seed, number, *, wanted=None, releases=None, records=(), clients=CLIE
     """What an engine with these settings draws."""
     engine = Rounds(
         server=None, crew=None, clients=list(clients), remembers=False, task=None, test=None,
-        model=None, configuration={}, seed=seed, clients_per_round=wanted, releases=releases,
-        evaluation=None, folder=None, keep_messages=False, observer=None, manifest=None,
-        exposure_limit=None, device=None,
+        model=None, configuration={}, secret=SECRET, seed=seed, clients_per_round=wanted,
+        releases=releases, bounds=Bounds(), evaluation=None, folder=None, keep_messages=False,
+        observer=None, manifest=None, exposure_limit=None, device=None,
     )  # fmt: skip
     return engine._order(number, list(records))[: wanted or len(clients)]
 
@@ -173,11 +172,12 @@ class TestSampling:
         assert len(set(later)) > 8
 
     @given(st.integers(0, 9), st.integers(1, 9), st.integers(1, 8), st.booleans())
-    def test_without_a_limit_is_as_before(self, seed, number, wanted, some):
-        dice = random.Random(f"{seed}/sample/{number}")
+    def test_without_a_limit_depends_on_secret_seed_and_round_alone(
+        self, seed, number, wanted, some
+    ):
         records = [RoundRecord(1, bytes_down={"c0": 1})] if some else []
         found = sample(seed, number, wanted=wanted, records=records, clients=reversed(NAMES))
-        assert found == dice.sample(NAMES, wanted)
+        assert found == order_of(SECRET, seed, number, NAMES)[:wanted]
 
     def test_without_a_limit_is_as_it_was_written_down(self):
         clients = {f"c{i}": rows(2, seed=i) for i in range(8)}
@@ -189,7 +189,7 @@ class TestSampling:
         assert (one["releases"], other["releases"]) == (None, 2)
 
 
-WRITTEN_DOWN = [["c4", "c3", "c6"], ["c7", "c2", "c6"], ["c7", "c2", "c3"]]
+WRITTEN_DOWN = [["c2", "c6", "c7"], ["c0", "c6", "c7"], ["c4", "c0", "c1"]]
 
 
 def test_one_release_and_one_merge():

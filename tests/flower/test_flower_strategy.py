@@ -20,7 +20,7 @@ from test_flower_crew import Keys, changed
 
 import fedveil
 import toys
-from fedveil import ConfigurationError, FedQSN, ProtocolError
+from fedveil import Bounds, ConfigurationError, FedQSN, ProtocolError
 from fedveil.audit import Exposure, Manifest
 from fedveil.flower import ByNode, ModelPrivacy, Patience, proxy_mod
 from fedveil.flower.payload import pack, unpack
@@ -118,12 +118,30 @@ class TestInnerStrategies:
             huge = {n: Dense(s.tensor * 0 + 100.0) for n, s in update.items()}
             return changed(sections=huge)(reply)
 
-        def moved(inner, **behaviours):
-            after, base = start(grid(**behaviours), strategy(inner)), toys.weights(toys.mlp())
+        def moved(inner, bounds=None):
+            nodes = grid(partner_1=lie)
+            after, base = start(nodes, strategy(inner, bounds=bounds)), toys.weights(toys.mlp())
             return max(float((after[n] - base[n]).abs().max()) for n in base)
 
-        assert moved(FedAvg(**EVERYONE), partner_1=lie) > 10
-        assert moved(FedMedian(**EVERYONE), partner_1=lie) < 1
+        assert moved(FedAvg(**EVERYONE), Bounds.none()) > 10
+        assert moved(FedMedian(**EVERYONE), Bounds.none()) < 1
+        assert moved(FedAvg(**EVERYONE)) < 1  # nor is a mean, as updates are bounded
+
+    def test_nobody_weighs_what_it_claims(self):
+        def lie(reply):
+            return changed(scalars={"examples": 2**63 - 1})(reply)
+
+        told = []
+
+        class Spy(FedAvg):
+            def aggregate_train(self, server_round, replies):
+                replies = list(replies)
+                told.extend(r.content["metrics"]["num-examples"] for r in replies)
+                return super().aggregate_train(server_round, replies)
+
+        start(grid(partner_1=lie), strategy(Spy(**EVERYONE)), rounds=1)
+        honest = sorted(told)[:2]
+        assert sorted(told)[2] <= 5 * honest[1]
 
     def test_withheld_units_count_as_unchanged(self):
         seen = []

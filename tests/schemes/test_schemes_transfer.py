@@ -278,4 +278,4 @@ class TestTheAudit:
         union = [a for a in found.attacks if a.attack == "union" and not a.polish]
         for attack in union:
             assert attack.measures["loss"] == pytest.approx(found.models["public"]["loss"], rel=0.2)
-        assert not [alarm for alarm in found.alarms if alarm.raised]
+        assert not found.answering("alarm")

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from fedveil.selection import Selection
 from fedveil.wire import Message, Section
 
-__all__ = ["AVERAGES", "Aggregation", "Average", "Observed", "Replay", "Sums"]
+__all__ = [
+    "AVERAGES",
+    "WHOLE",
+    "Aggregation",
+    "Average",
+    "Influence",
+    "Observed",
+    "Replay",
+    "Scales",
+    "Sums",
+]
 
 Average = Literal["holders", "participants"]
 AVERAGES = ("holders", "participants")
@@ -30,6 +40,36 @@ class Observed:
     scalars: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Influence:
+    """How much one reply would change if it were used as it is.
+
+    Attributes:
+        update: Euclidean norm of the whole update, of all tensors together.
+        statistics: Size of each statistic beside it, by name: of a Gram its trace.
+    """
+
+    update: float
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """By how much a reply is scaled down before it is added, from 0 to 1.
+
+    Attributes:
+        update: The whole update.
+        statistics: Statistics by name, as in :class:`Influence`; whoever is missing stays whole.
+    """
+
+    update: float = 1.0
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+WHOLE = Scales()
+"""Nothing is scaled down. Sums are then, to the last bit, those without scales."""
+
+
 class Sums(Protocol):
     """A round's replies as running sums: no single client's is kept."""
 
@@ -44,10 +84,21 @@ class Sums(Protocol):
             ProtocolError: If the statistics are not those awaited.
         """
 
+    def sizes(self, statistics: Any) -> Mapping[str, float]:
+        """How large each of one client's statistics is, as :meth:`read` returned them."""
+
     def add(
-        self, updates: Mapping[str, Tensor], selection: Selection, weight: float, statistics: Any
+        self,
+        updates: Mapping[str, Tensor],
+        selection: Selection,
+        weight: float,
+        statistics: Any,
+        scales: Scales = WHOLE,
     ) -> None:
-        """Add one client's updates, on released elements, and its statistics."""
+        """Add one client's updates, on released elements, and its statistics.
+
+        The client counts with its whole weight, however little is left of what it sent.
+        """
 
     def mean(self, name: str) -> Tensor | None:
         """The step of one tensor at its full shape, or None if no client changed it."""
@@ -70,3 +121,10 @@ class Aggregation(Protocol):
         shared_masks: bool,
     ) -> Callable[[], Sums]:
         """On the server: makes empty sums for a round, over tensors of these shapes."""
+
+    def beside(self, model: nn.Module, shapes: Mapping[str, torch.Size]) -> Mapping[str, int]:
+        """By section the most numbers that a client sends in it beside its update.
+
+        What is longer than that and the update together is not read at all. Who combines others'
+        ways has what they have, and its own.
+        """

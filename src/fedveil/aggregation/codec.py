@@ -56,6 +56,14 @@ class GramCodec:
                 sections[f"{PREFIX}{name}/pairs"] = self._pack(gram.pairs[None])
         return Observed(sections, {f"{PREFIX}{layer}": name for layer, name in same_input.items()})
 
+    def beside(self, name: str, width: int) -> dict[str, int]:
+        """Numbers in the sections of one Gram of so many inputs, at most."""
+        rest = count_pairs(block_bounds(width, self.form, self.size))
+        kind = "pairs"
+        if self.form == "low-rank" and width > self.size:
+            kind, rest = "factor", width * self.size
+        return {f"{PREFIX}{name}/diagonal": width, f"{PREFIX}{name}/{kind}": rest}
+
     def decode(
         self,
         reply: Message,
@@ -128,7 +136,8 @@ class GramCodec:
         shape = (1, count_pairs(bounds))
         pairs = self._section(reply, f"{PREFIX}{name}/pairs", shape, self.bits, used)
         rounded = self.noisy or self._is_packed(shape)
-        return Gram(diagonal, bounds, pairs=_correlations(pairs, name)[0], rounded=rounded)
+        correlations = _correlations(pairs, name)[0]
+        return Gram(diagonal, bounds, pairs=correlations, rounded=rounded, received=True)
 
     def _section(
         self, reply: Message, name: str, shape: tuple[int, ...], bits: int | None, used: set[str]

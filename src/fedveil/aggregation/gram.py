@@ -38,6 +38,7 @@ class Gram:
             -1 and 1. None if a factor stands for them.
         factor: Float32 [inputs, rank]; correlations are ``factor @ factor.T`` off the diagonal.
         rounded: Whether codes or noise may have left a direction with a negative square.
+        received: Whether it is a stranger's, who may have made one that no data have.
 
     Does NOT protect the data: with enough examples a Gram is the covariance of what the layer sees,
     and with few it holds the examples themselves.
@@ -48,6 +49,7 @@ class Gram:
     pairs: Tensor | None = None
     factor: Tensor | None = None
     rounded: bool = False
+    received: bool = False
 
     def dense(self, off_diagonal: float, ridge: float) -> list[Tensor]:
         """The blocks as float32 matrices [n, n], ready to be summed and solved.
@@ -63,7 +65,10 @@ class Gram:
         added = _TRACE + max(ridge * total / max(1, len(self.diagonal)), _ROUNDING * total)
         blocks = []
         for (start, stop), block in zip(pairwise(self.bounds), self._correlations(), strict=True):
-            factor = _possible(block, off_diagonal) if self.rounded else off_diagonal
+            factor = off_diagonal
+            if self.rounded or (self.received and self.factor is None):
+                slack = 0.0 if self.rounded else _SLACK
+                factor = _possible(block, off_diagonal, slack)
             scale = self.diagonal[start:stop].sqrt()
             block *= factor * scale[:, None]
             block *= scale
@@ -99,6 +104,8 @@ class Gram:
 
 # Enough for a Cholesky decomposition in float64, and nothing beside a Gram of any layer that fires.
 _TRACE = 1e-10
+# What float32 may leave of a square of zero; a ridge covers more.
+_SLACK = 1e-4
 # Float32 sums hold no more: along inputs that depend on each other the step would be rounding error
 # over rounding error, as large as it likes.
 _ROUNDING = 2.0**-22
@@ -224,16 +231,17 @@ def count_pairs(bounds: Sequence[int]) -> int:
     return sum((stop - start) * (stop - start - 1) // 2 for start, stop in pairwise(bounds))
 
 
-def _possible(correlations: Tensor, wanted: float) -> float:
+def _possible(correlations: Tensor, wanted: float, slack: float) -> float:
     """The largest factor up to ``wanted``, in steps, that leaves no square negative.
 
     Rounding a wide Gram to 8 bits moves its smallest eigenvalues below zero. Least squares would
-    blow up what was rounded; shrunk here, both sides of the equations stay those of one Gram.
+    blow up what was rounded; shrunk here, both sides of the equations stay those of one Gram. A
+    square above ``-slack`` passes for none.
     """
     shrunk = torch.empty_like(correlations)
     for share in (1.0, 0.98, 0.95, 0.9, 0.8, 0.6, 0.3):
         torch.mul(correlations, wanted * share, out=shrunk)
-        shrunk.fill_diagonal_(1.0)
+        shrunk.fill_diagonal_(1.0 + slack)
         if not torch.linalg.cholesky_ex(shrunk).info:
             return wanted * share
     return 0.0

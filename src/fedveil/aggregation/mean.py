@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fedveil.aggregation.base import Average, Observed, Replay
+from fedveil.aggregation.base import WHOLE, Average, Observed, Replay, Scales
 from fedveil.quantization import add_part
 from fedveil.selection import Selection
 from fedveil.updates import Updates
@@ -42,6 +42,10 @@ class Mean:
         """See :class:`~fedveil.aggregation.base.Aggregation`."""
         return partial(StreamingMean, shapes, average)
 
+    def beside(self, model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+        """Nothing."""
+        return {}
+
 
 class StreamingMean:
     """Mean update of a round, each element over the clients that held it.
@@ -56,7 +60,8 @@ class StreamingMean:
     float64 models) and depend, in the last bits, on the order of :meth:`add`: engines add in the
     order in which clients were sampled.
 
-    Does NOT protect: the server sees every update; nothing is clipped or noised here.
+    Does NOT protect: the server sees every update; nothing is noised here, and clipped only by the
+    scales that are given.
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size], average: Average = "holders") -> None:
@@ -70,12 +75,17 @@ class StreamingMean:
         """All sections are updates."""
         return dict(reply.sections), None
 
+    def sizes(self, statistics: None) -> dict[str, float]:
+        """There are no statistics."""
+        return {}
+
     def add(
         self,
         updates: Mapping[str, Tensor],
         selection: Selection,
         weight: float,
         statistics: None = None,
+        scales: Scales = WHOLE,
     ) -> None:
         """Add one client's updates, given on released elements only, at their released shapes.
 
@@ -83,7 +93,7 @@ class StreamingMean:
         """
         for name, shape in self._shapes.items():
             if name in updates:
-                self._add(name, updates, selection, weight)
+                self._add(name, updates, selection, weight * scales.update)
             if name not in self._weights:
                 self._weights[name] = torch.zeros(_weight_shape(selection, name, shape))
             add_part(_ONE, selection.positions(name), self._weights[name], weight)

@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fedveil.aggregation.base import Average, Observed, Replay
+from fedveil.aggregation.base import WHOLE, Average, Observed, Replay, Scales
 from fedveil.aggregation.codec import GramCodec
 from fedveil.aggregation.gram import FORMS, Form, Gram, block_bounds, restrict
 from fedveil.aggregation.linear import LinearLayer, linear_layers
@@ -126,6 +126,14 @@ class RegMean:
         """See :class:`~fedveil.aggregation.base.Aggregation`."""
         return partial(RegMeanSums, shapes, self.layers(model), self, average, shared_masks)
 
+    def beside(self, model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+        """The Gram of each layer: layers that share their input send one."""
+        numbers: dict[str, int] = {}
+        for name, layer in self.layers(model).items():
+            if name in shapes:
+                numbers |= self.codec.beside(name, layer.matrix_shape(shapes[name])[1])
+        return numbers
+
     def layers(self, model: nn.Module) -> dict[str, LinearLayer]:
         """The linear layers of a model that are solved for, by weight name.
 
@@ -188,18 +196,23 @@ class RegMeanSums:
         """See :class:`~fedveil.aggregation.base.Sums`."""
         return self._settings.codec.decode(reply, self._layers, self._shapes, selection)
 
+    def sizes(self, statistics: Mapping[str, Gram]) -> dict[str, float]:
+        """The trace of each layer's Gram: how strongly the client's data excite it."""
+        return {name: float(gram.diagonal.sum()) for name, gram in statistics.items()}
+
     def add(
         self,
         updates: Mapping[str, Tensor],
         selection: Selection,
         weight: float,
         statistics: Mapping[str, Gram],
+        scales: Scales = WHOLE,
     ) -> None:
         """Add one client's updates, on released elements, and its Grams by weight name.
 
         A layer without a Gram never fired on the client's data: it counts for next to nothing.
         """
-        self._others.add(updates, selection, weight)
+        self._others.add(updates, selection, weight, scales=scales)
         last, blocks = None, []
         for name in (name for name in self._layers if name in updates):
             system = self._system_of(name, selection)
@@ -207,7 +220,8 @@ class RegMeanSums:
             if gram is not last:  # query, key and value come one after the other
                 blocks = gram.dense(self._settings.off_diagonal, self._settings.ridge)
             last = gram
-            system.add(updates[name], selection, weight, blocks)
+            gram_scale = scales.statistics.get(name, 1.0)
+            system.add(updates[name], selection, weight, blocks, scales.update, gram_scale)
 
     def mean(self, name: str) -> Tensor | None:
         """The step of one tensor at its full shape, or None if no client changed it."""
@@ -258,25 +272,32 @@ class _System:
         return restrict(self.bounds, self._layer.inputs(selection))
 
     def add(
-        self, update: Tensor, selection: Selection, weight: float, blocks: Sequence[Tensor]
+        self,
+        update: Tensor,
+        selection: Selection,
+        weight: float,
+        blocks: Sequence[Tensor],
+        update_scale: float,
+        gram_scale: float,
     ) -> None:
         """Add one client's update of the weight and its Gram's blocks, on released elements."""
         matrix = self._layer.matrix(update).float()
         outputs = _all_unless(self._layer.outputs(selection), len(self.held))
         released = _all_unless(self._layer.inputs(selection), self.bounds[-1])
         weight *= _SCALE
+        excited = weight * gram_scale
         bounds = pairwise(self.bounds_of(selection))
         for number, ((start, stop), block) in enumerate(zip(bounds, blocks, strict=True)):
             inside = released[start:stop] - self.bounds[number]
             gram, product, part = self.grams[number], self.products[number], matrix[:, start:stop]
             if block.shape == gram.shape:
-                gram.add_(block, alpha=weight)
+                gram.add_(block, alpha=excited)
             else:
-                gram[inside[:, None], inside] += weight * block
+                gram[inside[:, None], inside] += excited * block
             if part.shape == product.shape:
-                product.addmm_(part, block, alpha=weight)
+                product.addmm_(part, block, alpha=excited * update_scale)
             else:
-                product[outputs[:, None], inside] += weight * (part @ block)
+                product[outputs[:, None], inside] += excited * update_scale * (part @ block)
         self.held[outputs] += weight
         self.held_inputs[released] += weight
         self.weight += weight

@@ -41,6 +41,14 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue after the last finished round.")
     ] = False,
+    from_round: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --resume: go back to this round, and run those after it anew.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove an earlier run from the run folder first.")
     ] = False,
@@ -72,21 +80,47 @@ def run(
 
       fedveil run federation.toml --resume    [dim]after an interruption[/dim]
 
+      fedveil run federation.toml --resume --from-round 4   [dim]without what came after[/dim]
+
       fedveil run federation.toml --dry-run   [dim]in a minute, without downloads[/dim]
     """
-    from fedveil.config import build, load_config, open_secret
-    from fedveil.report import ConsoleProgress, watched
+    from fedveil.config import load_config, open_secret
+    from fedveil.engine.run_folder import RunFolder
+    from fedveil.federation.settings import check_return
 
     folder = str(out.absolute()) if out is not None else None
     config = load_config(file).change(rounds=rounds, workers=workers, out=folder)
     if dry_run:
         _rehearse(config, Console())
         return
+    check_return(from_round, config.federation.rounds, resume=resume)
     _check_folder(config, resume=resume, overwrite=overwrite)
     console = Console()
-    fresh = not config.secret_path.exists()
-    open_secret(config)
-    say(console, f"secret: {config.secret_path}" + (" (new: keep it, keep it safe)" * fresh))
+    # Until the last result is written nobody else may work in the folder.
+    with RunFolder(config.out).held() as place:
+        place.check(_results(config))
+        fresh = not config.secret_path.exists()
+        open_secret(config)
+        say(console, f"secret: {config.secret_path}" + (" (new: keep it, keep it safe)" * fresh))
+        result = _work(
+            config, console, engine, resume=resume, from_round=from_round, overwrite=overwrite
+        )
+        _report(console, config, result)
+
+
+def _work(
+    config: Config,
+    console: Console,
+    engine: Engine,
+    *,
+    resume: bool,
+    from_round: int | None,
+    overwrite: bool,
+) -> Result:
+    """Run the federation of a file, wherever its clients are."""
+    from fedveil.config import build
+    from fedveil.report import ConsoleProgress, watched
+
     with (
         ConsoleProgress(console) as progress,
         watched(progress, config.out, config.federation.track) as observer,
@@ -97,12 +131,15 @@ def run(
             from fedveil.flower import simulate
 
             processes = config.federation.workers
-            result = simulate(
-                federation, wanted, resume=resume, overwrite=overwrite, processes=processes
+            return simulate(
+                federation,
+                wanted,
+                resume=resume,
+                from_round=from_round,
+                overwrite=overwrite,
+                processes=processes,
             )
-        else:
-            result = federation.run(wanted, resume=resume, overwrite=overwrite)
-    _report(console, config, result)
+        return federation.run(wanted, resume=resume, from_round=from_round, overwrite=overwrite)
 
 
 @app.command()
@@ -173,8 +210,15 @@ def _check_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+def _results(config: Config) -> list[str]:
+    """What the command writes at the end: it must not turn out then that something is there."""
+    answers = [] if config.generation is None else ["answers.jsonl"]
+    return ["model", "summary.json", "summary.png", *answers]
+
+
 def _report(console: Console, config: Config, result: Result) -> None:
     from fedveil.config import save_model
+    from fedveil.engine.run_folder import RunFolder
     from fedveil.report import plot, summarize, table, write_summary
 
     seconds = sum(record.seconds for record in result.rounds)
@@ -183,8 +227,10 @@ def _report(console: Console, config: Config, result: Result) -> None:
     if config.generation is not None:
         schemes[config.scheme_name]["generation"] = _generate(console, config, result)
     summary: dict[str, Any] = {"fp32_bytes": result.parameters_bytes, "schemes": schemes}
+    place = RunFolder(config.out)
+    place.claim("summary.json")
     figures = write_summary(config.out, result.parameters_bytes, schemes)
-    plot(summary, config.out / "summary.png")
+    plot(summary, place.claim("summary.png"))
     console.print()
     console.print(table(summary))
     console.print()
@@ -196,10 +242,12 @@ def _report(console: Console, config: Config, result: Result) -> None:
 def _generate(console: Console, config: Config, result: Result) -> dict[str, float]:
     """Let the tuned model answer the test set; its scores."""
     from fedveil.config import answer_test
+    from fedveil.engine.run_folder import RunFolder
     from fedveil.report import show_answers, write_answers
 
     with console.status("The tuned model answers the test set"):
         answers = answer_test(config, result.global_model)
+    RunFolder(config.out).claim("answers.jsonl")
     path = write_answers(config.out, answers)
     console.print()
     console.print(show_answers(answers))

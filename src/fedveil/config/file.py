@@ -23,7 +23,7 @@ from fedveil.config.tables import (
     Table,
     table_of,
 )
-from fedveil.engine import Evaluation
+from fedveil.engine import Bounds, Evaluation
 from fedveil.errors import ConfigurationError
 from fedveil.schemes import FedQSN, Scheme, scheme_class, scheme_names
 from fedveil.training import Generation, Training
@@ -41,6 +41,7 @@ _TABLES = (
     "training",
     "tuning",
     "evaluation",
+    "bounds",
     "generation",
     "federation",
 )
@@ -66,6 +67,7 @@ class Config:
         training: How clients train.
         tuning: How the owner tuned his model, which he repeats on what clients taught; or None.
         evaluation: What is measured.
+        bounds: How much one client may weigh and change.
         generation: How the tuned model answers the test set's prompts; None if it is not asked.
         federation: The run.
     """
@@ -82,6 +84,7 @@ class Config:
     training: Training
     tuning: Training | None
     evaluation: Evaluation
+    bounds: Bounds
     generation: Generation | None
     federation: FederationTable
 
@@ -165,6 +168,7 @@ def load_config(path: str | Path) -> Config:
         training=_read_settings(Training, "training", tables["training"], problems),
         tuning=_read_tuning(raw, tables, problems),
         evaluation=_read_settings(Evaluation, "evaluation", tables["evaluation"], problems),
+        bounds=_read_settings(Bounds, "bounds", tables["bounds"], problems),
         generation=_read_generation(raw, data, problems),
         federation=_read(FederationTable, "federation", tables["federation"], problems),
     )

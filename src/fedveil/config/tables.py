@@ -161,12 +161,16 @@ class FederationTable(Table):
         clients_per_round: Clients that take part in a round; all by default.
         releases: How many proxies one client may be sent in all rounds together.
         exposure_limit: Share of the model that one client may be shown in all rounds together.
-        seed: Decides sampling, batch order, a new head and drawn subsets; nothing secret.
+        seed: Decides drawn subsets, and under the secret sampling, batch order and weights that
+            begin at random; nothing secret.
         workers: Client processes.
         secret_file: Where the federation secret is; made on the first run.
         out: Run folder; "runs/" and the file's own name by default.
         keep_messages: Keep exactly the bytes that clients received and returned; "proxies" keeps
             those that they received.
+        checkpoints: Of how many rounds checkpoints are kept.
+        max_reply_mb: Megabytes (10^6 bytes) of one client's reply at most; by default what an
+            honest one can be, which follows from what the client was sent.
         track: Where else the numbers of rounds go; see :func:`fedveil.report.watched`.
     """
 
@@ -179,7 +183,9 @@ class FederationTable(Table):
     secret_file: Word = "federation.secret"  # noqa: S105  the name of a file
     out: Word | None = None
     keep_messages: bool | Literal["proxies"] = False
-    track: tuple[Literal["tensorboard", "mlflow"], ...] | None = None
+    checkpoints: AtLeastOne = 3
+    max_reply_mb: AtLeastOne | None = None
+    track: list[Literal["tensorboard", "mlflow"]] | None = None
 
 
 class PartnerTable(Table):

@@ -1,7 +1,8 @@
 """Where rounds run. In process: real message bytes, clients in worker processes or in turn."""
 
+from fedveil.engine.bounds import Bounds
 from fedveil.engine.observer import Observer
 from fedveil.engine.records import RoundRecord
 from fedveil.engine.rounds import Evaluation, Rounds
 
-__all__ = ["Evaluation", "Observer", "RoundRecord", "Rounds"]
+__all__ = ["Bounds", "Evaluation", "Observer", "RoundRecord", "Rounds"]

@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,23 @@ from fedveil.errors import CheckpointError, FedveilError
 from fedveil.schemes import ServerState
 from fedveil.shards import SHARD_BYTES, model_files, open_shards, whole_folder, write_shards
 
-__all__ = ["Checkpoint", "CheckpointFolder"]
+__all__ = ["KEPT", "Checkpoint", "CheckpointFolder"]
 
 FORMAT = 2
 # Of the first format there was one model file only, written and summed up in the same way.
 READABLE = (1, FORMAT)
 VALUES = "state.json"
+KEPT = 3
+"""Checkpoints of so many rounds are kept unless told."""
+CHANGEABLE = ("bounds", "clients")
+"""What may differ from there on if somebody goes back to a round: it does not change what was."""
 _NAME = re.compile(r"round-(\d{6})")
 # Of earlier rounds, and of tries that a crash has cut short, by earlier versions too.
 _OURS = re.compile(r"(round|unfinished|(unfinished|replaced)-round)-\d{6}")
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was written; another one may be."""
 
 
 @dataclass(frozen=True)
@@ -42,43 +51,68 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. Only the newest is kept, and the one before until it is safe.
+    """The checkpoints of one run: those of the last rounds.
 
     Args:
         folder: Made when the first is saved.
         shard_bytes: Most bytes of a file of tensors, unless one tensor has more.
+        keep: Of how many rounds checkpoints are kept. Each holds the model in float32: a round that
+            turns out to have done harm can be gone back from, as long as one before it is there.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder, self._shard_bytes = folder, shard_bytes
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES, keep: int = KEPT) -> None:
+        self._folder, self._shard_bytes, self._keep = folder, shard_bytes, keep
 
     def newest(self) -> Path | None:
         """The newest finished checkpoint, or None."""
         return next(reversed(self._finished()), None)
 
+    def rounds(self) -> list[int]:
+        """Of which rounds there are checkpoints, ascending."""
+        return [_number(path) for path in self._finished()]
+
+    def nbytes(self) -> int:
+        """Bytes of the newest checkpoint on disk; 0 if there is none."""
+        newest = self.newest()
+        return 0 if newest is None else sum(file.stat().st_size for file in newest.iterdir())
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint aside, make sure that it is on disk, then put it in place at once.
 
+        Those of later rounds go first: they are of rounds that are being run anew.
+
         Raises:
-            CheckpointError: If it cannot be written (a full disk); the one before is untouched.
+            CheckpointError: If it cannot be written (a full disk); those before are untouched.
         """
         number = len(checkpoint.records)
         target = self._folder / f"round-{number:06d}"
-        before = self.newest()
+        self.drop_after(number)
+        before = next((path for path in reversed(self._finished()) if path != target), None)
         try:
             with whole_folder(target) as aside:
                 self._write(aside, checkpoint)
         except (OSError, SafetensorError) as error:
-            kept = f"Round {int(before.name[6:])} is kept" if before else "Nothing was lost on disk"
+            kept = f"Round {_number(before)} is kept" if before else "Nothing was lost on disk"
             raise CheckpointError(
                 f"Round {number} could not be saved",
                 found=str(error),
                 where=str(self._folder),
                 fix=f"{kept}: free some space and run again with resume.",
             ) from error
-        for older in self._folder.iterdir():
-            if older != target and _OURS.fullmatch(older.name):
-                shutil.rmtree(older, ignore_errors=True)
+        self._tidy()
+
+    def drop_after(self, number: int) -> None:
+        """Remove the checkpoints of rounds after this one."""
+        for path in self._finished():
+            if _number(path) > number:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _tidy(self) -> None:
+        """Remove the oldest, and what tries that a crash has cut short have left."""
+        kept = self._finished()[-self._keep :]
+        for path in self._folder.iterdir():
+            if path not in kept and _OURS.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _write(self, folder: Path, checkpoint: Checkpoint) -> None:
         write_shards(checkpoint.state.tensors, folder, shard_bytes=self._shard_bytes)
@@ -96,30 +130,79 @@ class CheckpointFolder:
             return []
         return sorted(path for path in self._folder.iterdir() if _NAME.fullmatch(path.name))
 
-    def load(self, configuration: Mapping[str, Any]) -> Checkpoint | None:
-        """The newest checkpoint, or None if there is none; its tensors are maps of its files.
+    def load(
+        self, configuration: Mapping[str, Any], number: int | None = None
+    ) -> Checkpoint | None:
+        """The newest checkpoint that can be read, or None if there is none at all.
+
+        A damaged one is passed over, with a warning, for the one before. Tensors are maps of files.
+
+        Args:
+            configuration: What it must agree with.
+            number: Of which round; None for the newest. Who goes back to a round by its number may
+                leave clients out from there on, and change the bounds.
 
         Raises:
-            CheckpointError: If it is damaged, or belongs to another configuration.
+            CheckpointError: It belongs to another configuration, there is none of that round, or
+                all are damaged.
         """
-        path = self.newest()
-        if path is None:
-            return None
-        try:
-            values = json.loads((path / VALUES).read_text(encoding="utf-8"))
-            if values["format"] not in READABLE:
-                raise _other_version(path, values["format"])
-            if _digest(path, values) != values["digest"]:
-                raise _damaged(path, "its content is not what was written")
-            tensors = open_shards(path)
-            records = [RoundRecord.from_json(record) for record in values["records"]]
-            found, scheme = values["configuration"], values["scheme"]
-        except CheckpointError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, FedveilError) as error:
-            raise _damaged(path, f"{type(error).__name__}: {error}") from error
-        _check_same(found, json.loads(json.dumps(configuration)), path)
-        return Checkpoint(ServerState(tensors, scheme), records, found)
+        if number is not None:
+            return self._of_round(configuration, number)
+        damage: CheckpointError | None = None
+        for path in reversed(self._finished()):
+            try:
+                checkpoint = _read(path)
+            except DamagedError as error:
+                damage = damage or error
+                continue
+            if damage is not None:
+                told = f"{damage} The run goes on after round {_number(path)}."
+                warnings.warn(told, stacklevel=2)
+            _check_same(checkpoint.configuration, configuration, path)
+            return checkpoint
+        if damage is not None:
+            raise damage
+        return None
+
+    def _of_round(self, configuration: Mapping[str, Any], number: int) -> Checkpoint:
+        path = self._folder / f"round-{number:06d}"
+        if not path.is_dir():
+            raise CheckpointError(
+                f"There is no checkpoint of round {number}",
+                expected=" or ".join(map(str, self.rounds())) or "a finished round",
+                found=str(number),
+                where=str(self._folder),
+                fix="Of the last rounds only are there checkpoints.",
+            )
+        checkpoint = _read(path)
+        _check_same(checkpoint.configuration, configuration, path, free=CHANGEABLE)
+        return checkpoint
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("round-"))
+
+
+def _read(path: Path) -> Checkpoint:
+    """A checkpoint, whosever it is.
+
+    Raises:
+        DamagedError: It is not what was written.
+        CheckpointError: It is of another version.
+    """
+    try:
+        values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+        if values["format"] not in READABLE:
+            raise _other_version(path, values["format"])
+        if _digest(path, values) != values["digest"]:
+            raise _damaged(path, "its content is not what was written")
+        tensors = open_shards(path)
+        records = [RoundRecord.from_json(record) for record in values["records"]]
+        return Checkpoint(ServerState(tensors, values["scheme"]), records, values["configuration"])
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, FedveilError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def _digest(folder: Path, values: Mapping[str, Any]) -> str:
@@ -142,14 +225,23 @@ def _other_version(path: Path, found: object) -> CheckpointError:
     )
 
 
-def _damaged(path: Path, found: str) -> CheckpointError:
-    return CheckpointError(
-        "The checkpoint is damaged", found=found, where=str(path), fix="Start the run anew."
+def _damaged(path: Path, found: str) -> DamagedError:
+    return DamagedError(
+        "The checkpoint is damaged",
+        found=found,
+        where=str(path),
+        fix="Restore it, or go on from one of an earlier round.",
     )
 
 
-def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    for key in sorted(set(found) | set(wanted)):
+def _check_same(
+    found: Mapping[str, Any],
+    configuration: Mapping[str, Any],
+    path: Path,
+    free: Collection[str] = (),
+) -> None:
+    wanted = json.loads(json.dumps(configuration))
+    for key in sorted((set(found) | set(wanted)) - set(free)):
         if found.get(key) != wanted.get(key):
             raise CheckpointError(
                 f"The checkpoint belongs to another configuration: {key!r} differs",

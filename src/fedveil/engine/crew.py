@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from fedveil.errors import FedveilError
-from fedveil.wire import Message
+from fedveil.secret import Secret
+from fedveil.wire import Limits, Message
 
-__all__ = ["Answer", "Crew", "Desk", "Job", "Measures", "seed_of", "threads"]
+__all__ = ["Answer", "Crew", "Desk", "Job", "Measures", "order_of", "seed_of", "threads"]
 
 Measures = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One client's round: the bytes it was sent, the seed of its training, and whether to measure
-    the proxy ``"before"`` and ``"after"`` it."""
+    """One client's round: the bytes it was sent, the seed of its training, whether to measure the
+    proxy ``"before"`` and ``"after"`` it, and how much its reply may be."""
 
     client: str
     proxy: bytearray | memoryview
     seed: int
     measure: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,20 @@ class Desk:
         return message.write_into(self._memory)
 
 
-def seed_of(seed: int, number: int, client: str) -> int:
-    """The seed of one client's training in round ``number`` of a federation with ``seed``."""
-    text = f"{seed}/train/{number}/{client}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+def seed_of(secret: Secret, seed: int, number: int, client: str) -> int:
+    """The seed of one client's training in round ``number``, from 0 to 2^32 - 1.
+
+    It is sent to the client: under a secret it tells nothing of other clients, other rounds, or
+    whatever else a federation draws.
+    """
+    return int(secret.words(1, "client training", seed, number, client)[0] & 0xFFFFFFFF)
+
+
+def order_of(secret: Secret, seed: int, number: int, clients: Iterable[str]) -> list[str]:
+    """All clients in the order in which they are asked to take part in round ``number``."""
+    names = sorted(clients)
+    words = secret.words(len(names), "client sampling", seed, number).tolist()
+    return [name for _, name in sorted(zip(words, names, strict=True))]
 
 
 @contextmanager

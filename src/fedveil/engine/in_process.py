@@ -25,12 +25,21 @@ from torch import nn
 from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, threads
 from fedveil.engine.memory import ClientFiles
 from fedveil.errors import FedveilError, TrainingError
-from fedveil.schemes import ClientSide
+from fedveil.schemes import ClientSide, Scheme
+from fedveil.state import architecture_of
 from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
 from fedveil.training.modes import on_device
 from fedveil.wire import Message
 
-__all__ = ["InTurn", "Pool", "Workplace", "start_importing", "work", "workers"]
+__all__ = [
+    "InTurn",
+    "Pool",
+    "Workplace",
+    "bare_architecture",
+    "start_importing",
+    "work",
+    "workers",
+]
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,15 @@ class Workplace:
     test: Prepared | None
     memories: ClientFiles | None = None
     device: str | None = None
+
+
+def bare_architecture(scheme: Scheme, model: nn.Module) -> nn.Module:
+    """What a client has of a model before the first message, wherever it is.
+
+    Every weight is zero, also of what the scheme never sends, unless it says that clients hold that
+    exactly as the owner does (:attr:`~fedveil.schemes.Scheme.clients_hold_rest`).
+    """
+    return architecture_of(model, zero=scheme.tensors(model) if scheme.clients_hold_rest else None)
 
 
 def work(place: Workplace, job: Job, write: Callable[[Message], bytearray | memoryview]) -> Answer:

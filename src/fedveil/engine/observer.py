@@ -25,5 +25,14 @@ class Observer:
     def client_finished(self, number: int, client: str, failure: str | None) -> None:
         """A client's reply was used, or was not because of ``failure``."""
 
+    def client_bounded(self, number: int, client: str, cuts: str) -> None:
+        """A client's reply counts for less than it asked for."""
+
+    def round_rejected(self, number: int, reason: str) -> None:
+        """What came of a round is no model: the global model stays as it was before."""
+
+    def checkpoint_saved(self, number: int, nbytes: int, kept: int) -> None:
+        """A round is on disk, in so many bytes; checkpoints of the last ``kept`` rounds stay."""
+
     def round_finished(self, record: RoundRecord) -> None:
         """A round is over and, if there is a run folder, on disk."""

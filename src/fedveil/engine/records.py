@@ -20,7 +20,10 @@ class RoundRecord:
         failed: Clients whose reply was not used, with the reason.
         refused: Clients that were not sent a proxy, with the reason: it would have shown them more
             of the model than allowed.
-        examples: Examples each client trained on.
+        bounded: Clients whose reply counted for less than it asked for, with what was cut.
+        rejected: Why nothing of the round was applied, and whose update was the largest; empty if
+            it was.
+        examples: Examples each client says it trained on.
         loss_first: Loss of each client's first batch, in nats.
         loss_last: Loss of each client's last batch, in nats.
         measures: On the owner's test set: ``global``, ``server_model``, ``proxy_before`` and
@@ -31,6 +34,8 @@ class RoundRecord:
         exposed: Share of the model's parameters, from 0 to 1, that each client of the round was
             shown so far in all rounds together; see :class:`~fedveil.audit.Exposure`.
         exposed_together: The same of all clients of the run united; None if nothing is kept.
+        ledger: How far the exposure ledger went by the end of the round, from which it is seen if
+            some of it was lost; None if there is none on disk.
         seconds: Wall-clock time of the round, measuring included.
     """
 
@@ -39,6 +44,8 @@ class RoundRecord:
     bytes_up: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    bounded: dict[str, str] = field(default_factory=dict)
+    rejected: str = ""
     examples: dict[str, int] = field(default_factory=dict)
     loss_first: dict[str, float] = field(default_factory=dict)
     loss_last: dict[str, float] = field(default_factory=dict)
@@ -46,6 +53,7 @@ class RoundRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     exposed: dict[str, float] = field(default_factory=dict)
     exposed_together: float | None = None
+    ledger: str | None = None
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:

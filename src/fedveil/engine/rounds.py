@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 import json
-import random
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedveil.audit import Exposure, Manifest
-from fedveil.engine.checkpoint import Checkpoint, CheckpointFolder
-from fedveil.engine.crew import Answer, Crew, Desk, Job, seed_of, threads
+from fedveil.engine.bounds import Bounds, Claim
+from fedveil.engine.checkpoint import KEPT, Checkpoint, CheckpointFolder
+from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, order_of, seed_of, threads
+from fedveil.engine.ledger import open_ledger
 from fedveil.engine.memory import ClientFiles
 from fedveil.engine.observer import Observer
 from fedveil.engine.records import RoundRecord
+from fedveil.engine.run_folder import RunFolder
+from fedveil.engine.spool import Spool
+from fedveil.engine.verdict import Verdict
 from fedveil.errors import (
     CheckpointError,
     ConfigurationError,
     ExposureError,
     FedveilError,
     ProtocolError,
+    TrainingError,
 )
 from fedveil.files import write_whole
 from fedveil.schemes import ServerSide, examples_of
+from fedveil.secret import Secret
 from fedveil.state import load_state
 from fedveil.training import Prepared, Task, evaluate
 from fedveil.training.modes import on_device
-from fedveil.wire import Message
+from fedveil.wire import Limits, Message, reply_limits
 
-__all__ = ["CrewFactory", "Evaluation", "Rounds", "clear"]
+__all__ = ["CrewFactory", "Evaluation", "Rounds"]
 
 CrewFactory = Callable[[ClientFiles | None], AbstractContextManager[Crew]]
-
-# What clients keep, in the run folder.
-_CLIENTS = "clients"
 
 # Always the same, since the last bits of a loss depend on it.
 MEASURING_THREADS = 2
@@ -95,15 +97,24 @@ class Rounds:
         model: The owner's model object, used to measure; its weights are overwritten.
         device: Where it is measured; None where it is.
         configuration: What a checkpoint must agree with to be resumed.
-        seed: Decides sampling, batch order and dropout; nothing secret.
+        secret: The federation secret: who takes part, and with which seeds clients train, follow
+            from it, so that no client can foresee the others'.
+        seed: Another one gives other samples, batch orders and dropout under the same secret.
         clients_per_round: How many clients take part in a round; None for all.
         releases: How many proxies one client may be sent in all rounds together; None for any.
+        bounds: How much one client may weigh and change.
         manifest: What the run is about. With a folder or a limit, every release is written down.
         exposure_limit: Share of the model that one client may be shown in all rounds together.
         evaluation: What is measured.
         folder: Where ``metrics.jsonl``, checkpoints and messages go; None writes nothing.
         keep_messages: Keep exactly the bytes that each client received, and its reply; or
             "proxies", what clients received alone.
+        checkpoints: Of how many rounds checkpoints are kept.
+        base: The owner's model before round 1.
+        limits: How much a reply may be; None for what an honest one can be at most.
+        beside: What the scheme asks for beside updates; see :meth:`fedveil.schemes.Scheme.beside`.
+
+    What it reached, once a run has begun and if it is measured, is ``reached_by_base``.
     """
 
     server: ServerSide
@@ -115,38 +126,55 @@ class Rounds:
     model: nn.Module
     device: str | None
     configuration: Mapping[str, Any]
+    secret: Secret
     seed: int
     clients_per_round: int | None
     releases: int | None
+    bounds: Bounds
     manifest: Manifest
     exposure_limit: float | None
     evaluation: Evaluation
     folder: Path | None
     keep_messages: bool | Literal["proxies"]
     observer: Observer
+    checkpoints: int = KEPT
+    base: Mapping[str, Tensor] | None = None
+    limits: Limits | None = None
+    beside: Mapping[str, int] = field(default_factory=dict)
+    reached_by_base: dict[str, float] | None = field(default=None, init=False)
+    _awaited: dict[str, Limits] = field(default_factory=dict, init=False)
 
-    def run(self, rounds: int, *, resume: bool) -> list[RoundRecord]:
+    def run(self, rounds: int, *, resume: bool, from_round: int | None = None) -> list[RoundRecord]:
         """Run until round ``rounds`` is finished; returns the records of all rounds.
+
+        Args:
+            rounds: Rounds in all.
+            resume: Go on after the newest checkpoint.
+            from_round: Go back to this round first, and give up those after it.
 
         Raises:
             CheckpointError: If a checkpoint is in the way, damaged, foreign, or cannot be written.
             ConfigurationError: If so many rounds need more releases than clients may be sent.
             FedveilError: If no client at all gave a usable reply in a round.
         """
-        records = self._take_up(resume)
-        self._open_exposure()
+        records = self._take_up(resume, from_round)
+        self._open_exposure(records)
+        if self.folder is not None and from_round is not None:
+            # Only now, when all is known to be well, is what came after it given up.
+            self._saved(self.folder).drop_after(from_round)
         self._write_metrics(records)
         self.check_budget(rounds)
         self.observer.run_started(rounds, len(records))
+        self._measure_base()
         if len(records) >= rounds:
             return records
         with self._memories(len(records)) as memories, self.crew(memories) as clients:
             for number in range(len(records) + 1, rounds + 1):
-                record = self._round(number, rounds, self._order(number, records), clients)
+                record = self._round(number, rounds, records, clients)
                 records.append(record)
                 self._save(records)
                 if memories is not None:
-                    memories.settle(number)
+                    memories.settle(self._oldest(number))
                 self.observer.round_finished(record)
         return records
 
@@ -159,10 +187,17 @@ class Rounds:
             with TemporaryDirectory(prefix="fedveil-") as folder:
                 yield ClientFiles(Path(folder))
         else:
-            memories = ClientFiles(self.folder / _CLIENTS)
-            if not finished:
+            memories = ClientFiles(RunFolder(self.folder).memories)
+            if finished:
+                memories.drop_after(finished)  # of a round that was cut short, or is given up
+            else:
                 memories.clear()
             yield memories
+
+    def _measure_base(self) -> None:
+        if self.base is not None and self.test is not None and self.evaluation.base:
+            load_state(self.model, self.base)
+            self.reached_by_base = self.measure_model(self.model)
 
     def measure_model(self, model: nn.Module) -> dict[str, float] | None:
         """What a model reaches on the owner's test set, or None without one."""
@@ -172,34 +207,82 @@ class Rounds:
         with threads(MEASURING_THREADS), on_device(model, self.device):
             return evaluate(model, self.task, self.test)
 
-    def _round(self, number: int, rounds: int, order: Sequence[str], clients: Crew) -> RoundRecord:
+    def _round(
+        self, number: int, rounds: int, records: Sequence[RoundRecord], clients: Crew
+    ) -> RoundRecord:
         started = time.perf_counter()
-        record = RoundRecord(number)
+        record, order = RoundRecord(number), self._order(number, records)
         present = clients.present(self._wanted)
         if present is not None:
             order = [client for client in order if client in present]
         self.observer.round_started(number, min(self._wanted, len(order)))
         self.server.begin_round(number)
-        answers, failures = [], []
         # The workers have the cores: more threads here would only wait for one another.
-        with threads(1):
-            for answer in clients.answers(self._jobs(record, order, rounds, clients)):
-                failure = self._absorb(record, answer)
-                failures += [failure] if failure else []
-                answers.append(answer)
-                told = str(failure) if failure else None
-                self.observer.client_finished(number, answer.client, told)
-        if not answers:
-            raise self._exhausted(record)
-        if len(failures) == len(answers):
-            raise failures[0]
-        record.metrics = dict(self.server.end_round())
+        with threads(1), Spool(self.folder) as spool:
+            jobs = self._jobs(record, order, rounds, clients)
+            claims, measured = self._collect(record, clients.answers(jobs), spool)
+            self._use(record, claims, spool)
+        self._close(record, rounds, Verdict(records, self.reached_by_base, claims))
         if self._exposure is not None:
             record.exposed = {name: self._exposure.share([name]) for name in record.bytes_down}
             record.exposed_together = self._exposure.share(self._exposure.clients)
-        record.measures = self._measure(number, rounds) | _mean_measures(answers)
+            record.ledger = self._exposure.head if self.folder is not None else None
+        record.measures |= _mean_measures(measured)
         record.seconds = time.perf_counter() - started
         return record
+
+    def _collect(
+        self, record: RoundRecord, answers: Iterable[Answer], spool: Spool
+    ) -> tuple[dict[str, Claim], list[tuple[Measures | None, Measures | None]]]:
+        """Check every reply as it comes, and keep it until all have come.
+
+        Returns:
+            What the replies that can be used ask for, and what each client's proxy was measured at,
+            before and after its training.
+
+        Raises:
+            ExposureError: No client may be sent anything.
+            FedveilError: No client gave a usable reply.
+        """
+        claims: dict[str, Claim] = {}
+        measured, failures = [], []
+        for answer in answers:
+            failure = self._receive(record, answer, claims, spool)
+            failures += [failure] if failure else []
+            measured.append((answer.before, answer.after))
+            told = str(failure) if failure else None
+            self.observer.client_finished(record.round, answer.client, told)
+        if not measured:
+            raise self._exhausted(record)
+        if not claims:
+            raise failures[0]
+        return claims, measured
+
+    def _use(self, record: RoundRecord, claims: Mapping[str, Claim], spool: Spool) -> None:
+        """Add up the replies, each as far as it may count."""
+        bounded = self.bounds.apply(claims)
+        for client, data in spool.replies():
+            mine = bounded[client]
+            reply = Message.from_bytes(data, limits=self._awaited[client])
+            self.server.absorb(client, reply, mine.weight, mine.scales)
+            if mine.cuts:
+                record.bounded[client] = "; ".join(mine.cuts)
+                self.observer.client_bounded(record.round, client, record.bounded[client])
+
+    def _close(self, record: RoundRecord, rounds: int, verdict: Verdict) -> None:
+        """Apply what the clients taught, unless no model comes of it."""
+        before = self.server.state()
+        before = replace(before, tensors={n: t.clone() for n, t in before.tensors.items()})
+        try:
+            record.metrics = dict(self.server.end_round())
+            record.measures = self._measure(record.round, rounds)
+            verdict.check(self.server.state().tensors, record.measures)
+        except TrainingError as error:
+            self.server.restore(before)
+            record.rejected = str(error)
+            record.metrics = {"clients": record.metrics.get("clients", len(record.bytes_up))}
+            record.measures = self._measure(record.round, rounds)
+            self.observer.round_rejected(record.round, record.rejected)
 
     @property
     def _wanted(self) -> int:
@@ -226,14 +309,11 @@ class Rounds:
 
         If releases are limited, those come first who were sent least so far.
         """
-        names = sorted(self.clients)
-        dice = random.Random(f"{self.seed}/sample/{number}")  # noqa: S311
+        order = order_of(self.secret, self.seed, number, self.clients)
         if self.releases is None:
-            chosen = dice.sample(names, self._wanted)
-            rest = sorted(set(names) - set(chosen))
-            return chosen + dice.sample(rest, len(rest))
+            return order
         sent = Counter(name for record in records for name in record.bytes_down)
-        order = sorted(dice.sample(names, len(names)), key=sent.__getitem__)
+        order = sorted(order, key=sent.__getitem__)
         return [name for name in order if sent[name] < self.releases]
 
     def _jobs(
@@ -247,7 +327,8 @@ class Rounds:
         for client in order:
             if len(record.bytes_down) == self._wanted:
                 return
-            proxy = write(self.server.release(client))
+            message = self.server.release(client)
+            proxy = write(message)
             if (reason := self._refusal(client, proxy)) is not None:
                 record.refused[client] = reason
                 self.observer.client_refused(record.round, client, reason)
@@ -255,14 +336,24 @@ class Rounds:
             measure = views if len(record.bytes_down) < measured else ()
             record.bytes_down[client] = len(proxy)
             self._keep(record.round, client, "proxy", proxy)
-            yield Job(client, proxy, seed_of(self.seed, record.round, client), measure)
+            seed = seed_of(self.secret, self.seed, record.round, client)
+            limits = self.limits or reply_limits(message, self.beside)
+            self._awaited[client] = limits
+            yield Job(client, proxy, seed, measure, limits)
 
-    def _open_exposure(self) -> None:
+    def _open_exposure(self, records: Sequence[RoundRecord]) -> None:
+        """Everything that is written before a release, in places that are the run's own."""
         self._exposure = None
         if self.folder is not None:
+            folder = RunFolder(self.folder)
+            self._exposure = open_ledger(self.manifest, folder, records)
+            for name in ("run.json", "metrics.jsonl"):
+                folder.claim(name)
+            for name in ("checkpoints", *(["messages"] if self.keep_messages else [])):
+                folder.claim_folder(name)
             self.manifest.write(self.folder)
-        if self.folder is not None or self.exposure_limit is not None:
-            self._exposure = Exposure(self.manifest, self.folder)
+        elif self.exposure_limit is not None:
+            self._exposure = Exposure(self.manifest)
 
     def _refusal(self, client: str, proxy: bytearray | memoryview) -> str | None:
         """Why a client may not be sent this; if he may, it is written down as released."""
@@ -288,21 +379,25 @@ class Rounds:
             "later rounds; higher mask rates show less in the first.",
         )
 
-    def _absorb(self, record: RoundRecord, answer: Answer) -> FedveilError | None:
-        """Use one answer; returns why it could not be used."""
-        if answer.reply is not None:
+    def _receive(
+        self, record: RoundRecord, answer: Answer, claims: dict[str, Claim], spool: Spool
+    ) -> FedveilError | None:
+        """Check one answer and keep it; returns why it cannot be used."""
+        limits = self._awaited.get(answer.client, Limits())
+        if answer.reply is not None and len(answer.reply) <= limits.max_bytes:
             self._keep(record.round, answer.client, "update", answer.reply)
         try:
             if answer.failure is not None or answer.reply is None:
                 raise answer.failure or ProtocolError("A client gave no reply", where=answer.client)
-            reply = Message.from_bytes(answer.reply)
-            examples = examples_of(reply)
-            self.server.absorb(answer.client, reply, float(examples))
+            reply = Message.from_bytes(answer.reply, limits=limits)
+            claim = Claim(examples_of(reply), self.server.inspect(answer.client, reply))
         except FedveilError as error:
             record.failed[answer.client] = str(error)
             return error
+        spool.keep(answer.client, answer.reply)
+        claims[answer.client] = claim
         record.bytes_up[answer.client] = len(answer.reply)
-        record.examples[answer.client] = examples
+        record.examples[answer.client] = claim.examples
         for name, losses in (("loss_first", record.loss_first), ("loss_last", record.loss_last)):
             # Only a number for the log: a client that tells rubbish here loses no update by it.
             if isinstance(loss := reply.scalars.get(name), float):
@@ -321,15 +416,15 @@ class Rounds:
                 measures[view] = self.measure_model(self.model) or {}
         return measures
 
-    def _take_up(self, resume: bool) -> list[RoundRecord]:
-        """Continue from the newest checkpoint, if that is wanted and there is one."""
+    def _take_up(self, resume: bool, from_round: int | None) -> list[RoundRecord]:
+        """Continue from the newest checkpoint, or another, if that is wanted and there is one."""
         if self.folder is None:
             if resume:
                 raise ConfigurationError(
                     "There is nothing to resume from", fix="Give the run a folder with out=..."
                 )
             return []
-        folder = CheckpointFolder(self.folder / "checkpoints")
+        folder = self._saved(self.folder)
         if not resume:
             if folder.newest() is not None:
                 raise CheckpointError(
@@ -338,7 +433,7 @@ class Rounds:
                     fix="Resume it, or use another folder.",
                 )
             return []
-        checkpoint = folder.load(self.configuration)
+        checkpoint = folder.load(self.configuration, from_round)
         if checkpoint is None:
             return []
         self.server.restore(checkpoint.state)
@@ -348,8 +443,19 @@ class Rounds:
         if self.folder is None:
             return
         checkpoint = Checkpoint(self.server.state(), list(records), self.configuration)
-        CheckpointFolder(self.folder / "checkpoints").save(checkpoint)
+        folder = self._saved(self.folder)
+        folder.save(checkpoint)
+        self.observer.checkpoint_saved(len(records), folder.nbytes(), self.checkpoints)
         self._write_metrics(records)
+
+    def _oldest(self, number: int) -> int:
+        """The first round that a run can be taken back to, once round ``number`` is finished."""
+        if self.folder is None:
+            return number
+        return min(self._saved(self.folder).rounds(), default=number)
+
+    def _saved(self, folder: Path) -> CheckpointFolder:
+        return CheckpointFolder(folder / "checkpoints", keep=self.checkpoints)
 
     def _write_metrics(self, records: Iterable[RoundRecord]) -> None:
         """The whole file anew: it says what the checkpoint says, also after a crash in between."""
@@ -365,36 +471,23 @@ class Rounds:
         if self.keep_messages == "proxies" and kind != "proxy":
             return
         folder = self.folder / "messages" / f"round-{number:06d}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{client}.{kind}.safetensors").write_bytes(data)
-        except OSError as error:
-            raise CheckpointError(
-                "A message could not be kept",
-                found=str(error),
-                where=str(folder),
-                fix="The round before is in the checkpoint: free some space and run with resume.",
-            ) from error
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier run wrote into its folder, and nothing else."""
-    for name in ("checkpoints", "messages", _CLIENTS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "run.json", "exposure.jsonl", "audit.json", "report.html"):
-        (folder / name).unlink(missing_ok=True)
+        fix = "The round before is in the checkpoint: free some space and run with resume."
+        path = folder / f"{client}.{kind}.safetensors"
+        # Nothing relies on it: that much data is not waited for until it is on disk.
+        write_whole(path, data, CheckpointError, fix, synced=False)
 
 
 def _is_due(every: int, number: int, rounds: int) -> bool:
     return number == rounds or (every > 0 and number % every == 0)
 
 
-def _mean_measures(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+def _mean_measures(
+    measured: Sequence[tuple[Measures | None, Measures | None]],
+) -> dict[str, dict[str, float]]:
     means = {}
-    for name in ("before", "after"):
-        measured = [m for answer in answers if (m := getattr(answer, name)) is not None]
-        if measured:
-            means[f"proxy_{name}"] = {
-                key: sum(m[key] for m in measured) / len(measured) for key in measured[0]
-            }
+    for index, name in enumerate(("proxy_before", "proxy_after")):
+        some = [pair[index] for pair in measured]
+        found = [measures for measures in some if measures is not None]
+        if found:
+            means[name] = {key: sum(m[key] for m in found) / len(found) for key in found[0]}
     return means

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,26 +12,33 @@ from torch import Tensor, nn
 
 from fedveil.audit import Manifest, Stage
 from fedveil.engine import Evaluation, Observer, RoundRecord, Rounds
-from fedveil.engine.checkpoint import CheckpointFolder
+from fedveil.engine.bounds import Bounds
+from fedveil.engine.checkpoint import KEPT, CheckpointFolder
 from fedveil.engine.crew import Crew
-from fedveil.engine.in_process import Workplace, workers
+from fedveil.engine.in_process import Workplace, bare_architecture, workers
 from fedveil.engine.memory import ClientFiles
-from fedveil.engine.rounds import clear
+from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import AuditError, ConfigurationError
 from fedveil.federation.clients import Remote, Rows, check_names, name_clients, prepared, trainer_of
 from fedveil.federation.owner import Judge, Tuner, Tuning
-from fedveil.federation.settings import check_count, check_keeping, check_limit
-from fedveil.schemes import FedQSN, Scheme, ServerSide, Transfer, check_public
+from fedveil.federation.settings import (
+    check_count,
+    check_declared,
+    check_keeping,
+    check_limit,
+    check_return,
+)
+from fedveil.schemes import Facts, FedQSN, Scheme, ServerSide, Transfer, check_public
 from fedveil.secret import Secret
 from fedveil.state import (
     architecture_of,
     copy_of,
     fingerprint,
-    load_state,
     read_state,
     with_state,
 )
 from fedveil.training import Prepared, Task, Trainer, Training
+from fedveil.wire import Limits
 
 __all__ = ["Federation", "Result"]
 
@@ -106,13 +113,22 @@ class Federation:
             shown in all rounds together; None for any. Who would be shown more sits a round out,
             and another client is asked instead (:class:`~fedveil.audit.Exposure` says what a share
             bounds, and what it does not).
+        bounds: How much one client may weigh and change in a round; unless told, that of
+            :class:`Bounds`, and ``Bounds.none()`` for what clients claim and send, as it is.
         secret: The federation secret. None draws a new one, which is then lost: a run that is to
             be resumed or repeated needs its secret kept by you.
-        seed: Decides sampling, batch order and dropout; nothing secret.
+        seed: Gives other samples, batch orders and dropout under the same secret. What clients are
+            told of it follows from the secret, so that they cannot find it. Draw your model with
+            another number, or from your system's entropy: this one is small enough to be guessed.
         workers: Client processes, one thread each. Results do not depend on it.
-        out: Run folder for ``metrics.jsonl`` and checkpoints; None writes nothing.
+        out: Run folder for ``metrics.jsonl`` and checkpoints; None writes nothing. One run at a
+            time works in it, and nothing in it is written over or removed that no run wrote.
         keep_messages: Keep exactly the bytes each client received and returned, under ``out``; with
             "proxies" only what it received, which is enough for an audit.
+        checkpoints: Of how many rounds checkpoints are kept under ``out``. Each takes 4 bytes per
+            parameter that is trained.
+        limits: How much one reply may be, for clients that return more than updates of what they
+            were sent; unless told, what an honest reply can be at most. What is more is not read.
         observer: Hears of every event.
         copy: Whether to take a copy of the model, which never leaves the server. False reads the
             model itself, which must then stay as it is: a full copy less in memory, and one that is
@@ -150,11 +166,14 @@ class Federation:
         clients_per_round: int | None = None,
         releases: int | None = None,
         exposure_limit: float | None = None,
+        bounds: Bounds | None = None,
         secret: Secret | None = None,
         seed: int = 0,
         workers: int = 1,
         out: str | Path | None = None,
         keep_messages: bool | Literal["proxies"] = False,
+        checkpoints: int = KEPT,
+        limits: Limits | None = None,
         observer: Observer | None = None,
         copy: bool = True,
     ) -> None:
@@ -165,6 +184,7 @@ class Federation:
         check_count("clients_per_round", clients_per_round, len(self._names))
         check_count("releases", releases, None)
         check_count("workers", workers, None)
+        check_count("checkpoints", checkpoints, None)
         check_limit(exposure_limit)
         check_keeping(keep_messages, out)
         # A secret that nobody keeps cannot be used to resume.
@@ -174,7 +194,9 @@ class Federation:
         self._model = copy_of(model) if copy else model
         self._seed, self._workers = seed, workers
         self._clients_per_round, self._releases = clients_per_round, releases
-        self._exposure_limit = exposure_limit
+        self._exposure_limit, self._checkpoints = exposure_limit, checkpoints
+        self._bounds = check_declared(bounds or Bounds(), self._names)
+        self._limits = limits
         self.config_file: Path | None = None
         self._evaluation = evaluation or Evaluation()
         self._out, self._keep_messages = (Path(out) if out is not None else None), keep_messages
@@ -200,6 +222,7 @@ class Federation:
         rounds: int = 1,
         *,
         resume: bool = False,
+        from_round: int | None = None,
         overwrite: bool = False,
         crew: Crew | None = None,
     ) -> Result:
@@ -208,7 +231,12 @@ class Federation:
         Args:
             rounds: Number of rounds in all.
             resume: Continue from the newest checkpoint in ``out``, if there is one, to the same
-                result as an uninterrupted run.
+                result as an uninterrupted run. One that is damaged is passed over, with a warning,
+                for the one before.
+            from_round: With ``resume``, go back to this round and run those after it anew, as when
+                a client has done harm. From there on clients may be left out, and the bounds be
+                others. Kept messages of the rounds that are given up are written over; the
+                exposure ledger goes on counting what they showed.
             overwrite: Remove an earlier run from ``out`` first.
             crew: Who does the clients' part, if they are on other machines (:mod:`fedveil.flower`);
                 None works with the data at hand, on this one.
@@ -216,11 +244,13 @@ class Federation:
         Raises:
             ConfigurationError: If the rounds need more releases than clients may be sent, or the
                 model, used without a copy, is not what it was.
-            CheckpointError: If ``out`` already holds a run and neither of the two is set, or its
-                checkpoint belongs to another configuration or is damaged.
+            CheckpointError: If ``out`` already holds a run and neither of the two is set, another
+                run is at work there, or something else is in the way; or its checkpoint belongs to
+                another configuration or is damaged, or its exposure ledger is not what it was.
             FedveilError: If no client gave a usable reply in a round.
         """
         check_count("rounds", rounds, None)
+        check_return(from_round, rounds, resume=resume)
         if crew is None and not self._trainers:
             raise ConfigurationError(
                 "The clients' data are on other machines",
@@ -238,7 +268,7 @@ class Federation:
         # What measures takes memory only if there is something to measure it on.
         measured = self._architecture(None if self._test is not None else "meta")
         own = self.scheme.tensors(self._model)
-        manifest = Manifest.of(own, server.groups, configuration, self.config_file)
+        manifest = Manifest.of(own, server.groups, configuration, self.config_file, self._facts())
         engine = Rounds(
             server=server,
             crew=self._in_process if crew is None else lambda _: nullcontext(crew),
@@ -250,28 +280,39 @@ class Federation:
             model=measured,
             device=self.training.device,
             configuration=configuration,
+            secret=self._secret,
             seed=self._seed,
             clients_per_round=self._clients_per_round,
             releases=self._releases,
+            bounds=self._bounds,
             manifest=manifest,
             exposure_limit=self._exposure_limit,
             evaluation=self._evaluation,
             folder=self._out,
             keep_messages=self._keep_messages,
             observer=self._observer,
+            checkpoints=self._checkpoints,
+            base=read_state(self._model),
+            limits=self._limits,
+            beside=self.scheme.beside(self.released),
         )
         engine.check_budget(rounds)
-        if overwrite and not resume and self._out is not None:
-            clear(self._out)
-        records = engine.run(rounds, resume=resume)
-        base = None
-        if self._test is not None and self._evaluation.base:
-            load_state(measured, read_state(self._model))
-            base = engine.measure_model(measured)
+        with self._alone_in_folder(overwrite=overwrite and not resume):
+            records = engine.run(rounds, resume=resume, from_round=from_round)
+        base = engine.reached_by_base
         final = server.final()
         del engine, measured, server  # the result needs room
         model = with_state(self._model, final)
         return Result(model, records, base, _fp32_bytes(own))
+
+    @contextmanager
+    def _alone_in_folder(self, *, overwrite: bool) -> Iterator[None]:
+        if self._out is None:
+            yield
+            return
+        with RunFolder(self._out).held() as folder:
+            folder.prepare(["messages"] if self._keep_messages else [], overwrite=overwrite)
+            yield
 
     @property
     def model(self) -> nn.Module:
@@ -345,6 +386,7 @@ class Federation:
             },
             "clients_per_round": self._clients_per_round,
             "releases": self._releases,
+            "bounds": asdict(self._bounds),
             "seed": self._seed,
             "secret": self._secret.fingerprint(),
             "model": self._fingerprint,
@@ -352,6 +394,11 @@ class Federation:
             **({} if self._exposure_limit is None else {"exposure_limit": self._exposure_limit}),
             **self._transferred(),
         }
+
+    def _facts(self) -> Facts:
+        """What an audit may take for granted of the releases."""
+        facts = self.scheme.facts()
+        return facts if self._public is None else replace(facts, of_owner=False)
 
     def _transferred(self) -> dict[str, Any]:
         if self._public is None or self._owner is None:
@@ -397,7 +444,7 @@ class Federation:
         return workers(replace(self.workplace(), memories=memories), self._workers)
 
     def _architecture(self, device: str | None = None) -> nn.Module:
-        """What everybody has of the model: all but the values of what the scheme releases."""
+        """What measures: the model without the values of what the scheme releases."""
         released = self.released
         return architecture_of(released, device, zero=self.scheme.tensors(released))
 
@@ -405,9 +452,13 @@ class Federation:
         """What clients have, for who does their part: no weights, no secret."""
         side = self.scheme.client()
         return Workplace(
-            self._architecture(), side, self._task, self._trainers, self._test,
+            bare_architecture(self.scheme, self.released),
+            side,
+            self._task,
+            self._trainers,
+            self._test,
             device=self.training.device,
-        )  # fmt: skip
+        )
 
 
 def _fp32_bytes(state: Mapping[str, Tensor]) -> int:

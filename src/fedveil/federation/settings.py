@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+from fedveil.engine.bounds import Bounds
 from fedveil.errors import ConfigurationError
 
-__all__ = ["check_count", "check_keeping", "check_limit"]
+__all__ = ["check_count", "check_declared", "check_keeping", "check_limit", "check_return"]
 
 
 def check_count(name: str, value: int | None, most: int | None) -> None:
@@ -33,6 +35,36 @@ def check_limit(limit: float | None) -> None:
             expected="a number above 0 and up to 1",
             found=repr(limit),
             fix="A limit of 0.6 shows no client more than 60 % of the model's parameters.",
+        )
+
+
+def check_declared(bounds: Bounds, clients: Collection[str]) -> Bounds:
+    """The bounds, if the owner declares examples of clients that there are."""
+    odd = sorted(set(bounds.examples or ()) - set(clients))
+    if odd:
+        raise ConfigurationError(
+            "Examples are declared of a client that takes no part",
+            expected=", ".join(sorted(clients)),
+            found=repr(odd[0]),
+            where="Bounds.examples",
+        )
+    return bounds
+
+
+def check_return(from_round: int | None, rounds: int, *, resume: bool) -> None:
+    """Whether a run can go back to a round."""
+    check_count("from_round", from_round, None)
+    if from_round is not None and not resume:
+        raise ConfigurationError(
+            "Only a run that is resumed can go back to a round",
+            expected="resume=True with from_round=...",
+            found="resume=False",
+        )
+    if from_round is not None and from_round >= rounds:
+        raise ConfigurationError(
+            "Nothing would be run",
+            expected=f"from_round below {rounds}, the number of rounds",
+            found=str(from_round),
         )
 
 

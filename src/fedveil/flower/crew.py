@@ -14,9 +14,11 @@ from flwr.serverapp import Grid
 
 from fedveil.engine.crew import Answer, Job
 from fedveil.engine.patience import Patience
-from fedveil.errors import FedveilError, ProtocolError, TrainingError, WireError
+from fedveil.errors import CheckpointError, FedveilError, ProtocolError, TrainingError, WireError
+from fedveil.files import write_whole
 from fedveil.flower.directory import Directory
 from fedveil.flower.payload import pack, unpack
+from fedveil.wire import Limits
 
 __all__ = ["FlowerCrew"]
 
@@ -29,6 +31,7 @@ _WHY: Mapping[int, str] = {
     ErrorCode.NODE_UNAVAILABLE: "its node did not stay connected",
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "its program raised an error",
     ErrorCode.CLIENT_APP_CRASHED: "its program died",
+    ErrorCode.INVALID_FAB: "it takes part in no app but fedveil's own",
 }
 """Reasons in our own words: those of Flower may quote what a client's error said of its data."""
 
@@ -86,9 +89,14 @@ class FlowerCrew:
 
     def answers(self, jobs: Iterable[Job]) -> Iterator[Answer]:
         """See :class:`~fedveil.engine.crew.Crew`."""
-        asked = [(job.client, self._ask(job)) for job in jobs]
+        asked, limits = list[tuple[str, str | None]](), dict[str, Limits]()
+        for job in jobs:
+            number = self._ask(job)
+            asked.append((job.client, number))
+            if number is not None:
+                limits[number] = job.limits
         with TemporaryDirectory(prefix="fedveil-") as folder:
-            inbox = _Inbox(self._grid, [number for _, number in asked if number], Path(folder))
+            inbox = _Inbox(self._grid, limits, Path(folder))
             started = time.monotonic()
             for client, number in asked:
                 if number is None:
@@ -140,11 +148,11 @@ class FlowerCrew:
 class _Inbox:
     """Answers that have come, as files until they are taken."""
 
-    def __init__(self, grid: Grid, numbers: Collection[str], folder: Path) -> None:
-        self._grid, self._folder = grid, folder
-        self._missing = set(numbers)
+    def __init__(self, grid: Grid, limits: Mapping[str, Limits], folder: Path) -> None:
+        self._grid, self._folder, self._limits = grid, folder, limits
+        self._missing = set(limits)
         self._failures: dict[str, Callable[[str], FedveilError]] = {}
-        self.asked, self.answered = len(numbers), 0
+        self.asked, self.answered = len(limits), 0
 
     def __contains__(self, number: str) -> bool:
         return number not in self._missing
@@ -179,6 +187,8 @@ class _Inbox:
         self.answered += 1
         try:
             reply, facts = unpack(message.content)
+            if reply is not None:
+                self._limits[number].check_length(len(reply))
         except WireError as error:
             rubbish = error
             self._failures[number] = lambda client: rubbish
@@ -186,7 +196,8 @@ class _Inbox:
         if reply is None:
             self._failures[number] = lambda client: _said(client, facts)
         else:
-            (self._folder / number).write_bytes(reply)
+            # It waits for others: nothing relies on its being on disk.
+            write_whole(self._folder / number, reply, CheckpointError, synced=False)
 
 
 def _said(client: str, facts: Mapping[str, int | str]) -> FedveilError:

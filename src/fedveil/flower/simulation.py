@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import sys
 import warnings
@@ -33,6 +34,7 @@ def simulate(
     rounds: int,
     *,
     resume: bool = False,
+    from_round: int | None = None,
     overwrite: bool = False,
     processes: int = 1,
 ) -> Result:
@@ -44,6 +46,7 @@ def simulate(
         federation: With data for every client.
         rounds: Rounds in all.
         resume: As of :meth:`fedveil.Federation.run`.
+        from_round: As of :meth:`fedveil.Federation.run`.
         overwrite: As of :meth:`fedveil.Federation.run`.
         processes: Clients at work at a time, one core each.
 
@@ -62,7 +65,7 @@ def simulate(
     from flwr.simulation import run_simulation
 
     done: list[Result | Exception] = []
-    app, broken = ServerApp(), Event()
+    app, broken, caller = ServerApp(), Event(), contextvars.copy_context()
 
     def tell(_: str) -> None:
         if broken.is_set():
@@ -72,7 +75,16 @@ def simulate(
     def main(grid: Grid, context: Context) -> None:
         try:
             crew = FlowerCrew(grid, ByAnswer(_ASK_AGAIN, strict=True), _PATIENCE, tell)
-            done.append(federation.run(rounds, resume=resume, overwrite=overwrite, crew=crew))
+            # In the context of who called: what folder it holds, this thread may use.
+            result = caller.run(
+                federation.run,
+                rounds,
+                resume=resume,
+                from_round=from_round,
+                overwrite=overwrite,
+                crew=crew,
+            )
+            done.append(result)
         except Exception as error:
             done.append(error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,25 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
-from fedveil.aggregation import Average, Observed, Replay
+from fedveil.aggregation import WHOLE, Average, Observed, Replay, Scales
 from fedveil.audit import Exposure, Manifest
+from fedveil.engine.bounds import Bounded, Bounds, Claim
 from fedveil.engine.crew import seed_of
+from fedveil.engine.ledger import open_ledger
 from fedveil.engine.patience import Patience
+from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import ConfigurationError, FedveilError, ProtocolError
 from fedveil.flower.directory import ByNode, Directory
 from fedveil.flower.payload import pack, unpack
-from fedveil.schemes import Scheme, examples_of, with_aggregation
+from fedveil.schemes import Facts, Scheme, examples_of, with_aggregation
 from fedveil.secret import Secret
 from fedveil.selection import Selection
 from fedveil.state import StateDict, copy_of, load_state
+from fedveil.wire import Limits, Section, reply_limits
 from fedveil.wire import Message as Wire
-from fedveil.wire import Section
 
 __all__ = ["ModelPrivacy"]
 
@@ -70,7 +74,10 @@ class ModelPrivacy(Strategy):
             :meth:`start` has a timeout.
         out: Where to write ``run.json`` and ``exposure.jsonl``, the record of everything released;
             one that is there is continued. None writes nothing.
-        seed: Decides what clients' training draws; nothing secret.
+        bounds: How much one client may weigh and change in a round; unless told, as
+            :class:`~fedveil.Bounds` says. What was cut is logged.
+        limits: How much one reply may be; unless told, what an honest one can be at most.
+        seed: Gives other draws to clients' training under the same secret.
 
     Does NOT protect what the scheme does not protect, and sends no model to be evaluated: clients
     evaluate nothing. Measure with ``evaluate_fn``, on the server. What you put into
@@ -91,10 +98,13 @@ class ModelPrivacy(Strategy):
         directory: Directory | None = None,
         patience: Patience | None = None,
         out: str | Path | None = None,
+        bounds: Bounds | None = None,
+        limits: Limits | None = None,
         seed: int = 0,
     ) -> None:
         self._inner = inner or FlowerFedAvg()
-        self._directory, self._seed = directory or ByNode(), seed
+        self._directory, self._secret, self._seed = directory or ByNode(), secret, seed
+        self._bounds = bounds or Bounds()
         self._patience = patience or Patience()
         self._replies = _Replies()
         self._server = with_aggregation(scheme, self._replies).server(model, secret)
@@ -102,6 +112,9 @@ class ModelPrivacy(Strategy):
         self._own = scheme.tensors(self._model)
         self._weighted_by = getattr(self._inner, "weighted_by_key", "num-examples")
         self._asked: dict[int, str] = {}
+        self._limits, self._awaited = limits, dict[str, Limits]()
+        self._beside = scheme.beside(self._model)
+        self._folder = None if out is None else RunFolder(out)
         self._exposure: Exposure | None = None
         if out is not None:
             configuration = {
@@ -109,7 +122,21 @@ class ModelPrivacy(Strategy):
                 "seed": seed,
                 "secret": secret.fingerprint(),
             }
-            self._open_exposure(Path(out), configuration)
+            with self._folder_held() as folder:
+                assert folder is not None
+                self._open_exposure(folder, configuration, scheme.facts())
+
+    def start(self, *arguments: Any, **options: Any) -> Result:
+        """As of Flower's strategies; nobody else writes to ``out`` meanwhile.
+
+        Raises:
+            CheckpointError: Another run is at work in ``out``.
+        """
+        with self._folder_held():
+            return super().start(*arguments, **options)
+
+    def _folder_held(self) -> AbstractContextManager[RunFolder | None]:
+        return nullcontext() if self._folder is None else self._folder.held()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -136,10 +163,18 @@ class ModelPrivacy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the inner strategy makes of the replies that can be used."""
-        start = self._global()
-        whole = [message for message in replies if self._make_whole(message, start)]
-        _keep_common_metrics([message.content.metric_records[_METRICS] for message in whole])
-        arrays, metrics = self._inner.aggregate_train(server_round, whole)
+        start, whole, claims = self._global(), list[tuple[Message, Wire]](), dict[str, Claim]()
+        for message in replies:
+            read = self._read(message)
+            if read is not None and read[0] not in claims:
+                claims[read[0]] = read[2]
+                whole.append((message, read[1]))
+        bounded = self._bounds.apply(claims)
+        for message, reply in whole:
+            self._make_whole(message, reply, claims[reply.client], bounded[reply.client], start)
+        messages = [message for message, _ in whole]
+        _keep_common_metrics([message.content.metric_records[_METRICS] for message in messages])
+        arrays, metrics = self._inner.aggregate_train(server_round, messages)
         if arrays is not None:
             self._replies.decide(start, arrays.to_torch_state_dict())
         self._server.end_round()
@@ -166,11 +201,15 @@ class ModelPrivacy(Strategy):
         """The model to keep, after the scheme's merge, in the dtypes the owner brought."""
         return self._server.final()
 
-    def _open_exposure(self, folder: Path, configuration: dict[str, Any]) -> None:
+    def _open_exposure(
+        self, folder: RunFolder, configuration: dict[str, Any], facts: Facts
+    ) -> None:
         """Begin the record of what is released, or go on with the one that is there."""
-        manifest = Manifest.of(self._own, self._server.groups, configuration)
-        self._exposure = Exposure(manifest, folder)
-        manifest.write(folder)
+        manifest = Manifest.of(self._own, self._server.groups, configuration, facts=facts)
+        folder.prepare()
+        self._exposure = open_ledger(manifest, folder, ())
+        folder.claim("run.json")
+        manifest.write(folder.path)
         state = self._server.state()
         if "clients" in state.values:  # in their order, which decides who shares a mask
             values = {**state.values, "clients": self._exposure.enrolled}
@@ -180,9 +219,11 @@ class ModelPrivacy(Strategy):
         """A message to a node with its proxy in the place of the model."""
         client = self._asked[message.metadata.dst_node_id]
         proxy = self._server.release(client)
+        self._awaited[client] = self._limits or reply_limits(proxy, self._beside)
         if self._exposure is not None:
             self._exposure.record(proxy)
-        content = pack(proxy.to_bytes(), {"seed": seed_of(self._seed, number, client)})
+        seed = seed_of(self._secret, self._seed, number, client)
+        content = pack(proxy.to_bytes(), {"seed": seed})
         for name, record in message.content.config_records.items():
             content[name] = ConfigRecord(dict(record))
         return Message(
@@ -192,36 +233,42 @@ class ModelPrivacy(Strategy):
             ttl=message.metadata.ttl,
         )
 
-    def _make_whole(self, message: Message, start: StateDict) -> bool:
-        """Let a reply be as the inner strategy expects it; whether it can be used at all."""
+    def _read(self, message: Message) -> tuple[str, Wire, Claim] | None:
+        """Whose reply a message is, checked, and what it asks for; None if it cannot be used."""
         node = message.metadata.src_node_id
         client = self._asked.get(node)
         if client is None or message.has_error():
             _LOG.warning("A node gave no answer: %s", client or node)
-            return False
+            return None
         try:
-            metrics = self._absorb(client, message)
+            data, facts = unpack(message.content)
+            if data is None:
+                raise ProtocolError(
+                    "A client gave no update", found=str(facts.get("failure", "nothing"))[:40]
+                )
+            reply = Wire.from_bytes(data, limits=self._awaited[client])
+            claim = Claim(examples_of(reply), self._server.inspect(client, reply))
         except FedveilError as error:
             _LOG.warning("%s's answer cannot be used: %s", client, error)
-            return False
+            return None
+        return client, reply, claim
+
+    def _make_whole(
+        self, message: Message, reply: Wire, claim: Claim, bounded: Bounded, start: StateDict
+    ) -> None:
+        """Let a reply be as the inner strategy expects it, as far as it may count."""
+        for cut in bounded.cuts:
+            _LOG.warning("%s counts for less: %s", reply.client, cut)
+        self._server.absorb(reply.client, reply, bounded.weight, bounded.scales)
         update = self._replies.latest
         whole = {name: t + update[name] if name in update else t for name, t in start.items()}
-        message.content = RecordDict({_ARRAYS: ArrayRecord(_numbers(whole)), _METRICS: metrics})
-        return True
-
-    def _absorb(self, client: str, message: Message) -> MetricRecord:
-        data, facts = unpack(message.content)
-        if data is None:
-            raise ProtocolError(
-                "A client gave no update", found=str(facts.get("failure", "nothing"))[:40]
-            )
-        reply = Wire.from_bytes(data)
-        examples = examples_of(reply)
-        self._server.absorb(client, reply, float(examples))
         told = _metrics_of(message) or {
             name: value for name, value in reply.scalars.items() if type(value) is float
         }
-        return MetricRecord({**told, self._weighted_by: examples})
+        # Strategies weigh by this number; a claim that was not cut stays a whole one.
+        counted = min(claim.examples, max(1, int(bounded.weight)))
+        metrics = MetricRecord({**told, self._weighted_by: counted})
+        message.content = RecordDict({_ARRAYS: ArrayRecord(_numbers(whole)), _METRICS: metrics})
 
     def _take(self, arrays: ArrayRecord) -> None:
         """Let the global model be these arrays."""
@@ -283,6 +330,10 @@ class _Replies:
         self._shapes = shapes
         return self._emptied
 
+    def beside(self, model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+        """Nothing."""
+        return {}
+
     def _emptied(self) -> _Replies:
         self.latest, self._step, self.clients = {}, {}, 0
         return self
@@ -291,15 +342,24 @@ class _Replies:
         """All sections are updates."""
         return dict(reply.sections), None
 
+    def sizes(self, statistics: None) -> dict[str, float]:
+        """There are no statistics."""
+        return {}
+
     def add(
-        self, updates: Mapping[str, Tensor], selection: Selection, weight: float, _: None
+        self,
+        updates: Mapping[str, Tensor],
+        selection: Selection,
+        weight: float,
+        statistics: None,
+        scales: Scales = WHOLE,
     ) -> None:
         """Make one client's updates whole: zero where it held nothing."""
         self.clients += 1
         self.latest = {}
         for name, update in updates.items():
             whole = torch.zeros(self._shapes[name], dtype=update.dtype)
-            selection.scatter(name, update, whole)
+            selection.scatter(name, update if scales is WHOLE else scales.update * update, whole)
             self.latest[name] = whole
 
     def decide(self, start: StateDict, end: StateDict) -> None:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from fedveil.aggregation import Aggregation, Mean
+from fedveil.aggregation import WHOLE, Aggregation, Influence, Mean, Scales
 from fedveil.errors import ConfigurationError
+from fedveil.schemes.facts import Facts
 from fedveil.secret import Secret
 from fedveil.state import StateDict, read_state
 from fedveil.units import UnitGroup
@@ -80,7 +81,8 @@ class ServerState:
 class ServerSide(Protocol):
     """The owner's half of a scheme. It holds the global model; ``release`` is the only door out.
 
-    Per round: ``begin_round``, then ``release`` and ``absorb`` once per client, then ``end_round``.
+    Per round: ``begin_round``, then ``release`` once per client, ``inspect`` for each reply, then
+    ``absorb`` for those that are used, and ``end_round``.
     """
 
     def begin_round(self, number: int) -> None:
@@ -89,8 +91,21 @@ class ServerSide(Protocol):
     def release(self, client: str) -> Message:
         """The message for one client. The same client gets the same message all round long."""
 
-    def absorb(self, client: str, reply: Message, weight: float) -> None:
+    def inspect(self, client: str, reply: Message) -> Influence:
+        """How much a reply would change; it is checked whole, and nothing of it is kept.
+
+        Raises:
+            ProtocolError: If the reply is not the one awaited.
+        """
+
+    def absorb(self, client: str, reply: Message, weight: float, scales: Scales = WHOLE) -> None:
         """Add one reply to the running sums.
+
+        Args:
+            client: Who was sent the release that it answers.
+            reply: The client's message. Its tensors may be gone after this call.
+            weight: What it counts for.
+            scales: How much is left of what it would change, so that no client decides.
 
         Raises:
             ProtocolError: If the reply is not the one awaited; then nothing has changed.
@@ -191,6 +206,25 @@ class Scheme(ABC):
             ConfigurationError: There is nothing of the kind in it.
         """
         return read_state(model)
+
+    def facts(self) -> Facts:
+        """What is true of every release, for an audit to check; by default nothing is stated.
+
+        A check that needs what is not stated answers "not applicable".
+        """
+        return Facts()
+
+    def beside(self, model: nn.Module) -> Mapping[str, int]:
+        """By section the most numbers in a reply beside an update of what the client was sent.
+
+        Replies that are longer than both together are refused unread. By default it is what the
+        scheme's ``aggregation`` asks for; a scheme whose clients send something else says so here.
+        """
+        aggregation = getattr(self, "aggregation", None)
+        if not isinstance(aggregation, Aggregation):
+            return {}
+        shapes = {name: tensor.shape for name, tensor in self.tensors(model).items()}
+        return aggregation.beside(model, shapes)
 
     @abstractmethod
     def server(self, model: nn.Module, secret: Secret) -> ServerSide:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from fedveil.aggregation import Aggregation, aggregation_of
+from fedveil.aggregation import WHOLE, Aggregation, Influence, Scales, aggregation_of
 from fedveil.schemes.adapters import frozen_names
 from fedveil.schemes.base import Metrics, Scheme, ServerState
 from fedveil.schemes.client import ProxyClient, no_groups
+from fedveil.schemes.facts import EXACT, Facts
 from fedveil.schemes.global_model import GlobalModel
 from fedveil.schemes.ledger import RoundLedger
 from fedveil.schemes.registry import register_scheme
@@ -18,7 +19,7 @@ from fedveil.secret import Secret
 from fedveil.selection import Selection
 from fedveil.state import StateDict
 from fedveil.units import UnitGroup
-from fedveil.updates import UpdateCodec, check_error_feedback
+from fedveil.updates import UpdateCodec, Updates, check_error_feedback
 from fedveil.wire import Dense, Message, Sections
 
 __all__ = ["FedAvg"]
@@ -57,6 +58,10 @@ class FedAvg(Scheme):
         _ = self.codec  # checks update_bits
         check_error_feedback(self.error_feedback, self.update_bits)
         object.__setattr__(self, "aggregation", aggregation_of(self.aggregation))
+
+    def facts(self) -> Facts:
+        """See :meth:`Scheme.facts`: no masks, and nothing is quantized."""
+        return Facts(server_mask=0.0, client_mask=0.0, bits=EXACT, adapter_bits=EXACT)
 
     def server(self, model: nn.Module, secret: Secret) -> FedAvgServer:
         """See :meth:`Scheme.server`; the secret is not used."""
@@ -110,14 +115,23 @@ class FedAvgServer:
         self._ledger.record(client, True)
         return Message("proxy", self._scheme.name, self._ledger.round, client, self._sections, {})
 
-    def absorb(self, client: str, reply: Message, weight: float) -> None:
+    def inspect(self, client: str, reply: Message) -> Influence:
+        """Check one reply, and say how much it would change."""
+        self._ledger.expect(client, reply)
+        updates, statistics = self._read(reply)
+        return Influence(updates.norm(), self._sums.sizes(statistics))
+
+    def absorb(self, client: str, reply: Message, weight: float, scales: Scales = WHOLE) -> None:
         """Add one update to the sum."""
         self._ledger.expect(client, reply, weight)
+        updates, statistics = self._read(reply)
+        self._ledger.accept(client)
+        self._sums.add(updates, self._everything, weight, statistics, scales)
+
+    def _read(self, reply: Message) -> tuple[Updates, Any]:
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         sections, statistics = self._sums.read(reply, self._everything)
-        updates = self._scheme.codec.read(sections, shapes, self._everything)
-        self._ledger.accept(client)
-        self._sums.add(updates, self._everything, weight, statistics)
+        return self._scheme.codec.read(sections, shapes, self._everything), statistics
 
     def end_round(self) -> Metrics:
         """Add the mean update to the model."""

@@ -13,6 +13,7 @@ from fedveil.quantization import QuantizedTensor, quantize
 from fedveil.schemes.adapters import A_MATRICES, check_train_only, long_rows
 from fedveil.schemes.base import Scheme
 from fedveil.schemes.client import ProxyClient, no_groups
+from fedveil.schemes.facts import Facts, bits_of
 from fedveil.schemes.fedavg import FedAvgServer
 from fedveil.schemes.registry import register_scheme
 from fedveil.secret import Secret
@@ -125,6 +126,11 @@ class FedLPP(Scheme):
             )
         check_train_only(self.train_only, adapter)
         return adapter
+
+    def facts(self) -> Facts:
+        """See :meth:`Scheme.facts`: no masks; what is trained travels in few bits."""
+        bits = bits_of(self.bits)
+        return Facts(server_mask=0.0, client_mask=0.0, bits=bits, adapter_bits=bits)
 
     def server(self, model: nn.Module, secret: Secret) -> FedLPPServer:
         """See :meth:`Scheme.server`; the secret is not used."""

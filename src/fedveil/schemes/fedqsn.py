@@ -9,7 +9,15 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fedveil.aggregation import AVERAGES, Aggregation, Average, aggregation_of
+from fedveil.aggregation import (
+    AVERAGES,
+    WHOLE,
+    Aggregation,
+    Average,
+    Influence,
+    Scales,
+    aggregation_of,
+)
 from fedveil.errors import ConfigurationError
 from fedveil.masking import Draw, Masking, Masks, Policy, Release
 from fedveil.quantization import QuantizedTensor, quantize
@@ -22,6 +30,7 @@ from fedveil.schemes.adapters import (
 )
 from fedveil.schemes.base import Metrics, Scheme, ServerState
 from fedveil.schemes.client import UNIT_PREFIX, ProxyClient
+from fedveil.schemes.facts import Facts, bits_of
 from fedveil.schemes.global_model import GlobalModel
 from fedveil.schemes.ledger import RoundLedger
 from fedveil.schemes.registry import register_scheme
@@ -29,7 +38,7 @@ from fedveil.secret import Secret
 from fedveil.selection import Selection
 from fedveil.state import StateDict
 from fedveil.units import UnitGroup, find_units, validate
-from fedveil.updates import SMALL, UpdateCodec, check_bits, check_error_feedback
+from fedveil.updates import SMALL, UpdateCodec, Updates, check_bits, check_error_feedback
 from fedveil.wire import Dense, Gathered, Message, Section, Sections, UnitIndex
 
 __all__ = ["FedQSN"]
@@ -182,6 +191,18 @@ class FedQSN(Scheme):
         """How updates travel."""
         return UpdateCodec(self.update_bits, self.block)
 
+    def facts(self) -> Facts:
+        """See :meth:`Scheme.facts`."""
+        return Facts(
+            server_mask=self.server_mask,
+            client_mask=self.client_mask,
+            draw=self.draw,
+            policy=self.policy,
+            bits=bits_of(self.bits),
+            adapter_bits=bits_of(self.adapter_bits),
+            exact_below=SMALL,
+        )
+
     def server(self, model: nn.Module, secret: Secret) -> FedQSNServer:
         """See :meth:`Scheme.server`."""
         return FedQSNServer(self, model, secret)
@@ -222,7 +243,9 @@ class FedQSNServer:
                 found="none",
                 fix="peft.get_peft_model(model, peft.LoraConfig(...)) adds an adapter.",
             )
+        # Who has what is sent once: now, and when the round began.
         self._holders: set[str] = set()
+        self._held_before: frozenset[str] = frozenset()
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         self._new_sums = aggregation_of(scheme.aggregation).sums(
             model, shapes, scheme.average, shared_masks=scheme.masking.is_shared
@@ -234,6 +257,7 @@ class FedQSNServer:
         self._ledger.begin(number)
         self._proxies = {}
         self._sums = self._new_sums()
+        self._held_before = frozenset(self._holders)
         # What is sent once does not change either.
         kept = {name: self._sources[name] for name in self._backbone & self._sources.keys()}
         self._sources = {
@@ -243,29 +267,38 @@ class FedQSNServer:
 
     def release(self, client: str) -> Message:
         """This client's proxy, to be gathered from what is packed when the message is written."""
-        key = self._masks.mask_of(client, self._ledger.round), client in self._holders
+        key = self._masks.mask_of(client, self._ledger.round), client in self._held_before
         if key not in self._proxies:
             self._proxies[key] = self._proxy(client)
         proxy = self._proxies[key]
         self._ledger.record(client, proxy)
+        # Who does not answer may have lost what it held: it is sent all of it again.
+        self._holders.discard(client)
         scheme, number = self._scheme.name, self._ledger.round
         return Message("proxy", scheme, number, client, proxy.sections, {})
 
-    def absorb(self, client: str, reply: Message, weight: float) -> None:
+    def inspect(self, client: str, reply: Message) -> Influence:
+        """Check one reply, and say how much it would change."""
+        selection = self._ledger.expect(client, reply).selection
+        updates, statistics = self._read(reply, selection)
+        return Influence(updates.norm(), self._sums.sizes(statistics))
+
+    def absorb(self, client: str, reply: Message, weight: float, scales: Scales = WHOLE) -> None:
         """Add one update to the sums, on the units that this client held."""
         selection = self._ledger.expect(client, reply, weight).selection
+        updates, statistics = self._read(reply, selection)
+        self._ledger.accept(client)
+        if self._backbone:
+            self._holders.add(client)
+        self._sums.add(updates, selection, weight, statistics, scales)
+
+    def _read(self, reply: Message, selection: Selection) -> tuple[Updates, Any]:
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         parts, statistics = self._sums.read(reply, selection)
-        updates = self._scheme.codec.read(parts, shapes, selection)
-        self._ledger.accept(client)
-        self._sums.add(updates, selection, weight, statistics)
+        return self._scheme.codec.read(parts, shapes, selection), statistics
 
     def end_round(self) -> Metrics:
         """Add the mean update to the full-precision weights."""
-        # Who did not answer may have lost what it held: it is sent all of it again.
-        if self._backbone:
-            self._holders -= self._ledger.sent()
-            self._holders |= self._ledger.answered()
         self._ledger.end()
         norm = self._global.apply(self._sums.mean) if self._sums.clients else 0.0
         self._sources = {n: source for n, source in self._sources.items() if n in self._backbone}
@@ -327,7 +360,7 @@ class FedQSNServer:
             UNIT_PREFIX + name: UnitIndex(size, released[name].units, released[name].scale)
             for name, size in ((group.name, group.size) for group in self._groups)
         }
-        left_out = self._backbone if client in self._holders else ()
+        left_out = self._backbone if client in self._held_before else ()
         for name, source in self._sources.items():
             if name not in left_out:
                 sections[name] = self._section(name, source, selection)

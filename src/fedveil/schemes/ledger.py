@@ -68,7 +68,7 @@ class RoundLedger(Generic[Sent]):
         self._require_open()
         self._sent[client] = sent
 
-    def expect(self, client: str, reply: Message, weight: float) -> Sent:
+    def expect(self, client: str, reply: Message, weight: float = 1.0) -> Sent:
         """Check that this reply is awaited, without recording it yet; see :meth:`accept`.
 
         Raises:

@@ -9,8 +9,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from fedveil.aggregation import WHOLE, Influence, Scales
 from fedveil.errors import ConfigurationError, TrainingError
 from fedveil.schemes.base import Metrics, Scheme, ServerSide, ServerState
+from fedveil.schemes.health import loss_problem
 from fedveil.secret import Secret
 from fedveil.state import StateDict, read_state
 from fedveil.units import UnitGroup
@@ -91,6 +93,8 @@ class Transfer:
         self._public, self._own = scheme.tensors(public), scheme.tensors(own)
         self._judge, self._fresh = judge, _matching(fresh, self._public)
         self._tune = tune
+        # Of what was taught so far; None before the first round.
+        self._loss: float | None = None
         self._chosen: tuple[float, float] = COEFFICIENTS[0]
         # What is tuned of P_t where that is best; else nothing, and the pair says what is.
         self._tuned: StateDict = {}
@@ -103,20 +107,47 @@ class Transfer:
         """A proxy of the public model, as clients have taught it so far."""
         return self._inside.release(client)
 
-    def absorb(self, client: str, reply: Message, weight: float) -> None:
+    def inspect(self, client: str, reply: Message) -> Influence:
         """See :class:`~fedveil.schemes.base.ServerSide`."""
-        self._inside.absorb(client, reply, weight)
+        return self._inside.inspect(client, reply)
+
+    def absorb(self, client: str, reply: Message, weight: float, scales: Scales = WHOLE) -> None:
+        """See :class:`~fedveil.schemes.base.ServerSide`."""
+        self._inside.absorb(client, reply, weight, scales)
 
     def end_round(self) -> Metrics:
-        """Choose what the owner's model is made of: ``own``, ``taught`` and perhaps ``tuned``."""
+        """Choose what the owner's model is made of: ``own``, ``taught`` and perhaps ``tuned``.
+
+        Raises:
+            TrainingError: What clients taught is no model: its loss is not finite, or has exploded.
+        """
         metrics = self._inside.end_round()
         losses = {pair: self._judge(self._at(*pair)) for pair in COEFFICIENTS}
+        self._check_taught(losses[0.0, 1.0])
         self._chosen, self._tuned = min(COEFFICIENTS, key=losses.__getitem__), {}
         tuned: Metrics = {}
         if self._tune is not None:
             tuned = {"tuned": self._choose_tuned(self._tune, losses[self._chosen])}
         own, taught = self._chosen
         return {**metrics, "own": own, "taught": taught, **tuned}
+
+    def _check_taught(self, loss: float) -> None:
+        """Refuse what was taught if it is no model: later rounds would start from it.
+
+        Raises:
+            TrainingError: It is none.
+        """
+        if loss_problem(loss, 0.0) is not None:
+            before = self._judge({**self._own, **self._public}) if self._loss is None else self._loss
+            problem = loss_problem(loss, before)
+            if problem is not None:
+                raise TrainingError(
+                    "What clients taught makes no model of the public one",
+                    found=problem,
+                    where="the public model on the owner's rows",
+                    fix="Look at the clients' data; tighter bounds leave less room.",
+                )
+        self._loss = loss
 
     def _choose_tuned(self, tune: Tune, least: float) -> float:
         """How far to go towards what tuning makes of what was taught; 0 if a sum has less loss."""
@@ -175,7 +206,7 @@ class Transfer:
         """That of the server side inside, and what was chosen: a pair, or a tuned model."""
         state = self._inside.state()
         tuned = {_TUNED + name: tensor for name, tensor in self._tuned.items()}
-        values = {**state.values, "coefficients": [*self._chosen]}
+        values = {**state.values, "coefficients": [*self._chosen], "loss": self._loss}
         return ServerState({**state.tensors, **tuned}, values)
 
     def restore(self, state: ServerState) -> None:
@@ -185,6 +216,7 @@ class Transfer:
         inside = {name: state.tensors[name] for name in state.tensors if name not in tuned}
         self._inside.restore(ServerState(inside, state.values))
         self._chosen = (float(own), float(taught))
+        self._loss = state.values.get("loss")
         self._tuned = {name.removeprefix(_TUNED): state.tensors[name].clone() for name in tuned}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -132,6 +133,12 @@ class Updates(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sections)
+
+    def norm(self) -> float:
+        """The Euclidean norm of all updates together."""
+        # Of plausible updates no square leaves float32; one tensor is decoded at a time.
+        squares = (float(torch.linalg.vector_norm(self[name])) ** 2 for name in self)
+        return math.sqrt(sum(squares))
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of one update: float32, or float64 of a float64 model."""

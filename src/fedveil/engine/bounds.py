@@ -1,0 +1,175 @@
+"""How much one client may weigh and change in a round: no client decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from fedveil.aggregation import WHOLE, Influence, Scales
+from fedveil.errors import ConfigurationError
+
+__all__ = ["Bounded", "Bounds", "Claim", "times_median"]
+
+_SMALLEST = 1e-30
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a reply asks for: the examples that its client says it has, and what it would change."""
+
+    examples: int
+    influence: Influence
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """What a reply is given of it.
+
+    Attributes:
+        weight: What it counts for in the mean, in examples.
+        scales: By how much what it changes is scaled down.
+        cuts: What was cut, in words; empty if nothing was.
+    """
+
+    weight: float
+    scales: Scales = WHOLE
+    cuts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much one client may weigh and change, whatever it claims.
+
+    Claims and updates are held against the median of the round: half of the clients would have to
+    lie to move it far. Of an even number it is the lower one of the two in the middle, so that of
+    two clients the larger is held against the smaller. Clients whose update is zero do not count
+    for the median of norms. Bounding the norm of updates is after Sun et al. ("Can You Really
+    Backdoor Federated Learning?", 1911.07963); that it is relative to the median of the round, and
+    the factors, are ours.
+
+    Attributes:
+        examples: How many examples clients have, by name, where the owner knows better than to ask
+            them: what they claim is then not looked at.
+        max_examples: No claim counts for more than so many; None for any number.
+        weight: No client counts for more than so many times the median claim; None for any.
+        norm: No update has more than so many times the median norm of the round's updates, and no
+            Gram more than so many times the median trace of its layer's; what has more is scaled
+            down to it. None for any.
+
+    Does NOT protect: against what a client does within the bounds. An update of usual size that
+    plants a backdoor is used like any other, every round anew; half of the clients or more can move
+    the median; of two clients, the smaller one holds back the larger one.
+
+    Raises:
+        ConfigurationError: A bound is impossible.
+    """
+
+    examples: Mapping[str, int] | None = None
+    max_examples: int | None = None
+    weight: float | None = 5.0
+    norm: float | None = 3.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_examples", self.max_examples), *self._declared()):
+            if value is not None and (type(value) is not int or value < 1):
+                raise _impossible(name, "a whole number of at least 1", value)
+        for name, factor in (("weight", self.weight), ("norm", self.norm)):
+            if factor is not None and not _is_factor(factor):
+                raise _impossible(name, "a number of at least 1", factor)
+
+    @classmethod
+    def none(cls) -> Bounds:
+        """Nothing is bounded: what clients claim is believed, and what they send is used whole."""
+        return cls(weight=None, norm=None)
+
+    def _declared(self) -> Iterator[tuple[str, int]]:
+        for client, count in (self.examples or {}).items():
+            yield f"examples.{client}", count
+
+    def apply(self, claims: Mapping[str, Claim]) -> dict[str, Bounded]:
+        """What each reply of a round is given; in the order of the claims."""
+        weights = {client: self._counted(client, claim) for client, claim in claims.items()}
+        most_weight = _most(self.weight, weights.values())
+        norms = {client: claim.influence.update for client, claim in claims.items()}
+        most_norm = _most(self.norm, norms.values())
+        most_statistics = self._most_statistics(claims)
+        bounded = {}
+        for client, claim in claims.items():
+            weight = min(weights[client], most_weight)
+            update = _scale(norms[client], most_norm)
+            statistics = {
+                name: scale
+                for name, size in claim.influence.statistics.items()
+                if (scale := _scale(size, most_statistics[name])) < 1
+            }
+            scales = Scales(update, statistics) if update < 1 or statistics else WHOLE
+            cuts = tuple(self._cuts(claim, weight, scales))
+            bounded[client] = Bounded(weight, scales, cuts)
+        return bounded
+
+    def _counted(self, client: str, claim: Claim) -> float:
+        """The examples that a client is taken to have, before it is compared with others."""
+        told = (self.examples or {}).get(client, claim.examples)
+        return float(told if self.max_examples is None else min(told, self.max_examples))
+
+    def _most_statistics(self, claims: Mapping[str, Claim]) -> dict[str, float]:
+        sizes: dict[str, list[float]] = {}
+        for claim in claims.values():
+            for name, size in claim.influence.statistics.items():
+                sizes.setdefault(name, []).append(size)
+        return {name: _most(self.norm, found) for name, found in sizes.items()}
+
+    def _cuts(self, claim: Claim, weight: float, scales: Scales) -> Iterator[str]:
+        if weight < claim.examples:
+            yield f"its claim of {claim.examples} examples counts as {weight:.0f}"
+        if scales.update < 1:
+            yield (
+                f"its update, {self._times(scales.update)} times the round's median, was scaled "
+                f"down to {self.norm:g} times"
+            )
+        if scales.statistics:
+            worst = self._times(min(scales.statistics.values()))
+            yield (
+                f"{len(scales.statistics)} of its Grams, up to {worst} times the round's median, "
+                f"were scaled down to {self.norm:g} times"
+            )
+
+    def _times(self, scale: float) -> str:
+        assert self.norm is not None
+        return f"{self.norm / scale:.3g}"
+
+
+def times_median(claims: Mapping[str, Claim]) -> dict[str, float]:
+    """How many times the round's median each client's update is."""
+    median = _lower_median([claim.influence.update for claim in claims.values()])
+    return {
+        client: claim.influence.update / median if median else 0.0
+        for client, claim in claims.items()
+    }
+
+
+def _most(factor: float | None, sizes: Iterable[float]) -> float:
+    return math.inf if factor is None else factor * _lower_median(sizes)
+
+
+def _lower_median(sizes: Iterable[float]) -> float:
+    """The median of those above zero, of an even number the lower; infinite of none."""
+    some = sorted(size for size in sizes if size > 0)
+    return some[(len(some) - 1) // 2] if some else math.inf
+
+
+def _scale(size: float, most: float) -> float:
+    # Of a median next to nothing it would be zero, and nothing could be said of how much was cut.
+    return 1.0 if size <= most else max(most / size, _SMALLEST)
+
+
+def _is_factor(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 1 <= value < math.inf  # type: ignore[operator]
+
+
+def _impossible(name: str, expected: str, found: object) -> ConfigurationError:
+    return ConfigurationError(
+        f"The setting {name!r} is impossible", expected=expected, found=repr(found), where="Bounds"
+    )
