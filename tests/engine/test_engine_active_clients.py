@@ -81,9 +81,12 @@ class TestDamage:
         twist, scheme = DAMAGES[how]
         honest = self.moved(scene, scheme, True, {})
         hostile = self.moved(scene, scheme, True, {ATTACKER: Liar(twist)})
-        assert hostile < 5 * honest
+        assert hostile < 3 * honest
 
-    @pytest.mark.parametrize("how", [name for name in DAMAGES if "noise" not in name])
+    # A million everywhere is seen for what it is, and left out, with bounds and without.
+    @pytest.mark.parametrize(
+        "how", [name for name in DAMAGES if "noise" not in name and "million" not in name]
+    )
     def test_without_bounds_it_moves_the_model_as_it_likes(self, scene, how):
         twist, scheme = DAMAGES[how]
         honest = self.moved(scene, scheme, False, {})

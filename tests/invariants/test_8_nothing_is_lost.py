@@ -80,15 +80,15 @@ TOUCHES_ALL = type(FAST)(steps=1, batch_size=64, learning_rate=0.1, optimizer="s
 @pytest.fixture(scope="module")
 def without_partner_1():
     """What comes of a round in which partner 1's update was not absorbed."""
-    absorb = FedQSNServer.absorb
+    inspect = FedQSNServer.inspect
 
-    def skip(server, client, reply, weight):
+    def skip(server, client, reply):
         if client == "partner-1":
             raise ProtocolError("skipped")
-        absorb(server, client, reply, weight)
+        return inspect(server, client, reply)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FedQSNServer, "absorb", skip)
+        patch.setattr(FedQSNServer, "inspect", skip)
         return weights(federation(mlp(), scheme=SCHEME, training=TOUCHES_ALL).run(1).global_model)
 
 
@@ -126,14 +126,14 @@ class TestAClientThatFails:
         assert "test_8" in result.rounds[0].failed["partner-1"]
 
     def test_may_take_part_again_in_the_next_round(self, monkeypatch):
-        absorb = FedQSNServer.absorb
+        inspect = FedQSNServer.inspect
 
-        def skip_once(server, client, reply, weight):
+        def skip_once(server, client, reply):
             if (client, reply.round) == ("partner-1", 1):
                 raise ProtocolError("skipped")
-            absorb(server, client, reply, weight)
+            return inspect(server, client, reply)
 
-        monkeypatch.setattr(FedQSNServer, "absorb", skip_once)
+        monkeypatch.setattr(FedQSNServer, "inspect", skip_once)
         result = federation(mlp(), scheme=SCHEME).run(2)
         assert [set(record.failed) for record in result.rounds] == [{"partner-1"}, set()]
 
@@ -178,7 +178,14 @@ def check_resumed(folder, uninterrupted, **changes):
     result = standard(folder, keep_messages=True, **changes).run(3, resume=True)
     found = digest(weights(result.global_model)), metrics(folder), files(folder / "messages")
     assert found == uninterrupted
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["round-000003"]
+    assert checkpoints(folder) == [1, 2, 3]
+
+
+def checkpoints(folder):
+    """The rounds of which there are checkpoints; nothing else lies beside them."""
+    names = sorted(os.listdir(folder / "checkpoints"))
+    assert all(name.startswith("round-") for name in names), names
+    return [int(name.removeprefix("round-")) for name in names]
 
 
 class PowerCutError(BaseException):
@@ -205,7 +212,7 @@ def cut_at(moment, names, patch):
 def small_shards(monkeypatch):
     """Checkpoints of four shards and more."""
     make = CheckpointFolder.__init__
-    monkeypatch.setattr(CheckpointFolder, "__init__", lambda self, f: make(self, f, 6200))
+    monkeypatch.setattr(CheckpointFolder, "__init__", lambda self, f, keep: make(self, f, 6200, keep))
 
 
 def running():
@@ -401,6 +408,21 @@ OTHERS = [
 ]
 
 
+def as_of_the_version_before(folder):
+    """Make the checkpoint of round 1 one that fedveil 0.1 could have written."""
+    place = folder / "checkpoints" / "round-000001"
+    values = json.loads((place / "state.json").read_text())
+    del values["digest"], values["configuration"]["bounds"]
+    values["format"] = 1
+    # The tensors without metadata, then the sum of both.
+    save_file(load_file(place / "model.safetensors"), place / "model.safetensors")
+    whole = hashlib.sha256((place / "model.safetensors").read_bytes())
+    whole.update(json.dumps(values, sort_keys=True).encode())
+    values["digest"] = whole.hexdigest()
+    (place / "state.json").write_text(json.dumps(values, indent=1))
+    (folder / "checkpoints" / "unfinished-000002").mkdir()
+
+
 class TestACheckpoint:
     @pytest.mark.parametrize(("message", "change"), OTHERS)
     def test_of_another_configuration_is_refused_by_what_differs(self, saved, message, change):
@@ -450,19 +472,19 @@ class TestACheckpoint:
         with pytest.raises(CheckpointError, match="damaged"):
             standard(tmp_path).run(2, resume=True)
 
-    def test_of_the_version_before_is_resumed(self, tmp_path, uninterrupted):
+    def test_of_the_version_before_is_refused_by_what_differs(self, tmp_path):
+        # It sampled clients and drew their seeds otherwise: the run would not be the one begun.
         standard(tmp_path, keep_messages=True).run(1)
-        folder = tmp_path / "checkpoints" / "round-000001"
-        values = json.loads((folder / "state.json").read_text())
-        del values["digest"]
-        values["format"] = 1
-        # As fedveil 0.1 has written it: the tensors without metadata, then the sum of both.
-        save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
-        whole = hashlib.sha256((folder / "model.safetensors").read_bytes())
-        whole.update(json.dumps(values, sort_keys=True).encode())
-        values["digest"] = whole.hexdigest()
-        (folder / "state.json").write_text(json.dumps(values, indent=1))
-        (tmp_path / "checkpoints" / "unfinished-000002").mkdir()
+        as_of_the_version_before(tmp_path)
+        before = files(tmp_path)
+        with pytest.raises(CheckpointError, match="another configuration: 'bounds' differs"):
+            standard(tmp_path, keep_messages=True).run(3, resume=True)
+        assert files(tmp_path) == before
+
+    def test_of_the_version_before_is_gone_on_from_by_its_number(self, tmp_path, uninterrupted):
+        standard(tmp_path, keep_messages=True).run(1)
+        as_of_the_version_before(tmp_path)
+        standard(tmp_path, keep_messages=True).run(2, resume=True, from_round=1)
         check_resumed(tmp_path, uninterrupted)
 
     @pytest.mark.parametrize("key", ["scheme", "records", "configuration"])
@@ -495,11 +517,28 @@ class TestACheckpoint:
         assert len(metrics(tmp_path)) == 1
         assert (tmp_path / "notes.txt").read_text() == "mine"
 
-    def test_left_behind_by_a_crash_is_cleared_away(self, tmp_path):
-        standard(tmp_path).run(1)
-        (tmp_path / "checkpoints" / "round-000000").mkdir()
-        standard(tmp_path).run(2, resume=True)
-        assert os.listdir(tmp_path / "checkpoints") == ["round-000002"]
+    @pytest.mark.parametrize(
+        "name",
+        ["round-000000", "unfinished-round-000002", "replaced-round-000001", "unfinished-000002"],
+    )
+    def test_left_behind_by_a_crash_is_cleared_away(self, tmp_path, name):
+        standard(tmp_path).run(2)
+        (tmp_path / "checkpoints" / name).mkdir()
+        standard(tmp_path).run(3, resume=True)
+        assert checkpoints(tmp_path) == [1, 2, 3]
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+    @pytest.mark.parametrize("how", ["cut", "missing"])
+    def test_that_was_altered_is_passed_over_for_the_one_before(
+        self, tmp_path, uninterrupted, name, how
+    ):
+        standard(tmp_path, keep_messages=True).run(2)
+        path = tmp_path / "checkpoints" / "round-000002" / name
+        path.write_bytes(path.read_bytes()[:-9])
+        if how == "missing":
+            path.unlink()
+        with pytest.warns(UserWarning, match=r"damaged.*goes on after round 1"):
+            check_resumed(tmp_path, uninterrupted)
 
 
 def test_resuming_needs_a_folder_and_a_kept_secret(tmp_path):

@@ -18,6 +18,8 @@ RECORD = RoundRecord(
     bytes_down={"a": 10, "b": 20},
     bytes_up={"a": 5},
     failed={"b": "away"},
+    bounded={"a": "its claim of 90 examples counts as 50"},
+    rejected="a weight that is not finite",
     loss_first={"a": 2.0},
     loss_last={"a": 1.0},
     measures={"global": {"accuracy": 50.0}},
@@ -43,6 +45,8 @@ def test_a_round_in_numbers():
         "clients/answered": 1,
         "clients/failed": 1,
         "clients/refused": 0,
+        "clients/bounded": 1,
+        "rejected": 1,
         "seconds": 3.0,
         "loss/first": 2.0,
         "loss/last": 1.0,
@@ -51,7 +55,8 @@ def test_a_round_in_numbers():
         "exposure/most": 0.6,
         "exposure/together": 0.8,
     }
-    assert numbers_of(RoundRecord(1))["bytes/down"] == 0
+    nothing = numbers_of(RoundRecord(1))
+    assert [nothing[name] for name in ("bytes/down", "clients/bounded", "rejected")] == [0, 0, 0]
 
 
 class TestTensorBoard:

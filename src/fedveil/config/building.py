@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from fedveil.config.code import Approved
 from fedveil.config.file import Config
-from fedveil.config.models import find_function, load_model, load_public, load_tokenizer
+from fedveil.config.models import find_function, load_model, load_pair, load_tokenizer
 from fedveil.config.sources import load_rows, load_test
 from fedveil.config.tables import RANDOM, is_function
 from fedveil.drawing import KeyedDraws
@@ -68,15 +69,8 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
             fix="A client's SuperNode reads it.",
         )
     rows = load_rows(config)
-    folder, seed, secret = config.path.parent, config.federation.seed, open_secret(config)
-    # What begins at random must follow from no number that a client could guess.
-    with KeyedDraws(secret, "initial weights", seed):
-        hidden = int(secret.words(1, "initial weights", seed)[0] >> 1)
-        model = load_model(config.model, config.data.task, rows.names, folder, seed=hidden)
-    public: nn.Module | None = None
-    fresh: tuple[str, ...] = ()
-    if config.model.public is not None:
-        public, fresh = load_public(config.model, config.data.task, rows.names, folder, seed=seed)
+    seed, secret = config.federation.seed, open_secret(config)
+    model, public, fresh = _models(config, rows.names, secret)
     task = _task(config, model, len(rows.names))
     if config.generation is not None:
         assert isinstance(task, CausalLM | Seq2Seq)
@@ -112,6 +106,21 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
     )
     federation.config_file = config.path.absolute()
     return federation
+
+
+def _models(
+    config: Config, names: Sequence[str], secret: Secret
+) -> tuple[nn.Module, nn.Module | None, tuple[str, ...]]:
+    """The owner's model, what is released in its place, if anything, and what is new in that."""
+    table, seed = config.model, config.federation.seed
+    # What begins at random must follow from no number that a client could guess.
+    keyed = KeyedDraws(secret, "initial weights", seed)
+    hidden = int(secret.words(1, "initial weights", seed)[0] >> 1)
+    task, folder = config.data.task, config.path.parent
+    if table.public is not None:
+        return load_pair(table, task, names, folder, seed=seed, hidden=hidden, keyed=keyed)
+    with keyed:
+        return load_model(table, task, names, folder, seed=hidden), None, ()
 
 
 def _limits(max_reply_mb: int | None) -> Limits | None:

@@ -8,10 +8,11 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -23,10 +24,11 @@ from fedveil.data.library import library, quiet_transformers
 from fedveil.errors import ConfigurationError, FedveilError
 
 __all__ = [
+    "Pair",
     "architecture_class",
     "find_function",
     "load_model",
-    "load_public",
+    "load_pair",
     "load_tokenizer",
     "load_untouched",
     "place_of",
@@ -77,21 +79,74 @@ def load_model(
         FedveilError: It cannot be found or loaded, or has a head for other classes; at a client's
             also if it wants code of its own to be run, or has its weights in a pickle.
     """
-    return _load(table, task, names, folder, seed, weights, approved)[0]
+    with _drawing(seed):
+        model = _load(table, task, names, folder, weights, approved)[0]
+        return _adapted(model, table, task, folder, approved)
 
 
-def load_public(
-    table: ModelTable, task: str, names: Sequence[str], folder: Path, *, seed: int
-) -> tuple[nn.Module, tuple[str, ...]]:
-    """What is released in the model's place, and patterns of what it has not been trained for.
+class Pair(NamedTuple):
+    """The owner's model, what is released in its place, and patterns of what is new in the latter.
 
-    The latter is a head that its folder has none of, or one of another size.
+    New is a head that the public model's folder has none of, or one of another size, unless the
+    owner's model has a new one in its place, too.
+    """
+
+    own: nn.Module
+    public: nn.Module
+    fresh: tuple[str, ...]
+
+
+def load_pair(
+    table: ModelTable,
+    task: str,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    seed: int,
+    hidden: int,
+    keyed: AbstractContextManager[object],
+) -> Pair:
+    """The owner's model and the public one, which begin alike in what begins at random in both.
+
+    That is a head that is new in both, and an adapter: what clients teach the public model's is
+    then added to the owner's from where both began. Clients are sent it, so that it is no secret of
+    the owner's. What begins at random in the owner's model alone is drawn under the secret. Of two
+    models that functions make nobody knows what was drawn: they are made with the same seed.
+
+    Args:
+        table: Their description, with a public model and without an adapter of the owner's.
+        task: As for :func:`load_model`.
+        names: As for :func:`load_model`.
+        folder: As for :func:`load_model`.
+        seed: Decides what begins at random in the public model.
+        hidden: Decides what begins at random in the owner's alone, where ``keyed`` does not.
+        keyed: Inside, what is drawn at random follows from the federation secret.
 
     Raises:
         FedveilError: As :func:`load_model`.
         ConfigurationError: Of a model that a function makes, which may read weights, there is no
             random initialization.
     """
+    released, drawn = _released(table)
+    if is_function(table.name) and is_function(released.name):
+        hidden, keyed = seed, nullcontext()
+    with _drawing(hidden), keyed:
+        own, mine = _load(table, task, names, folder)
+    with _drawing(seed):
+        public, new = _load(released, task, names, folder, weights=not drawn)
+    alike = mine & (public.state_dict().keys() if drawn else new)
+    _copy(alike, public, own)
+    with _drawing(seed):
+        own = _adapted(own, table, task, folder)
+    with _drawing(seed):
+        public = _adapted(public, released, task, folder)
+    # An adapter puts more before the names, and after the modules.
+    fresh = {f"*{name.rpartition('.')[0]}.*" for name in new - alike}
+    return Pair(own, public, tuple(sorted(fresh)))
+
+
+def _released(table: ModelTable) -> tuple[ModelTable, bool]:
+    """The public model's description, and whether it is drawn at random."""
     assert table.public is not None
     drawn = table.public == RANDOM
     if drawn and is_function(table.name):
@@ -102,8 +157,24 @@ def load_public(
             where="[model] public",
         )
     name = table.name if drawn else table.public
-    table = table.model_copy(update={"name": name, "new_head": True})
-    return _load(table, task, names, folder, seed, weights=not drawn)
+    return table.model_copy(update={"name": name, "new_head": True}), drawn
+
+
+@torch.no_grad()
+def _copy(names: AbstractSet[str], source: nn.Module, target: nn.Module) -> None:
+    """Copy tensors that both models have alike; what is of another shape is refused later."""
+    given, taken = source.state_dict(), target.state_dict()
+    for name in names & given.keys() & taken.keys():
+        if given[name].shape == taken[name].shape:
+            taken[name].copy_(given[name])
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Inside, PyTorch draws what it draws with this seed; outside, as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _load(
@@ -111,11 +182,10 @@ def _load(
     task: str,
     names: Sequence[str],
     folder: Path,
-    seed: int,
-    weights: bool,
+    weights: bool = True,
     approved: Approved | None = None,
-) -> tuple[nn.Module, tuple[str, ...]]:
-    fresh: tuple[str, ...] = ()
+) -> tuple[nn.Module, set[str]]:
+    """The model without its adapter, and what in it its folder has no values of, if one has any."""
     classes = table.num_labels or len(names)
     if classes < len(names):
         raise ConfigurationError(
@@ -124,23 +194,24 @@ def _load(
             found=str(classes),
             where="[model] num_labels",
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if is_function(table.name):
-            found = approved.function if approved else partial(find_function, folder=folder)
-            model = _call(found(table.name), table.name, classes or None)
-            model = model.to(getattr(torch, table.dtype))
-        else:
-            place = place_of(table.name, folder)
-            guarded = approved is not None
-            model, fresh = _load_pretrained(table, task, names, classes, place, weights, guarded)
-        if approved is not None:
-            _refuse_imports(table, folder)
-        if table.adapter is not None:
-            model = load_adapter(model, folder / Path(table.adapter).expanduser())
-        elif table.lora is not None:
-            model = add_adapter(model, task, table.lora)
-    return model, fresh
+    if not is_function(table.name):
+        place = place_of(table.name, folder)
+        guarded = approved is not None
+        return _load_pretrained(table, task, names, classes, place, weights, guarded)
+    found = approved.function if approved else partial(find_function, folder=folder)
+    model = _call(found(table.name), table.name, classes or None)
+    return model.to(getattr(torch, table.dtype)), set()
+
+
+def _adapted(
+    model: nn.Module, table: ModelTable, task: str, folder: Path, approved: Approved | None = None
+) -> nn.Module:
+    """The model with its adapter, if it is to have one."""
+    if approved is not None:
+        _refuse_imports(table, folder)
+    if table.adapter is not None:
+        return load_adapter(model, folder / Path(table.adapter).expanduser())
+    return model if table.lora is None else add_adapter(model, task, table.lora)
 
 
 def architecture_class(task: str) -> str:
@@ -336,8 +407,8 @@ def _load_pretrained(
     place: str,
     weights: bool,
     guarded: bool,
-) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model, and patterns of what begins at random in it."""
+) -> tuple[nn.Module, set[str]]:
+    """The model, and names of what its folder has no values of; none, if none were asked for."""
     words: dict[str, Any] = {"num_labels": classes} if classes else {}
     if guarded:
         words["trust_remote_code"] = False
@@ -352,7 +423,7 @@ def _load_pretrained(
             config = transformers.AutoConfig.from_pretrained(place, **words)
             trust = {"trust_remote_code": False} if guarded else {}
             bare: nn.Module = kind.from_config(config, dtype=getattr(torch, table.dtype), **trust)
-            return bare, ()
+            return bare, set()
         if guarded:
             _refuse_pickles(Path(place), "*.safetensors")
             words["use_safetensors"] = True
@@ -363,9 +434,7 @@ def _load_pretrained(
             output_loading_info=True,
             **words,
         )
-        new = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
-        # An adapter puts more before the names, and after the modules.
-        return model, tuple(sorted({f"*{name.rpartition('.')[0]}.*" for name in new}))
+        return model, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
 
 
 def refuse_code(settings: Any, place: str) -> None:

@@ -56,10 +56,13 @@ class Bounds:
         norm: No update has more than so many times the median norm of the round's updates, and no
             Gram more than so many times the median trace of its layer's; what has more is scaled
             down to it. None for any.
+        pull: No client's weight times the norm of its update is more than so many times the median
+            of the round's; what has more has its update scaled down. None for any.
 
     Does NOT protect: against what a client does within the bounds. An update of usual size that
     plants a backdoor is used like any other, every round anew; half of the clients or more can move
-    the median; of two clients, the smaller one holds back the larger one.
+    the median; of two clients, the smaller one holds back the larger one. Least squares (RegMean)
+    take the step of a direction that only one client's data excite from that client alone.
 
     Raises:
         ConfigurationError: A bound is impossible.
@@ -69,19 +72,21 @@ class Bounds:
     max_examples: int | None = None
     weight: float | None = 5.0
     norm: float | None = 3.0
+    pull: float | None = 3.0
 
     def __post_init__(self) -> None:
         for name, value in (("max_examples", self.max_examples), *self._declared()):
             if value is not None and (type(value) is not int or value < 1):
                 raise _impossible(name, "a whole number of at least 1", value)
-        for name, factor in (("weight", self.weight), ("norm", self.norm)):
+        factors = {"weight": self.weight, "norm": self.norm, "pull": self.pull}
+        for name, factor in factors.items():
             if factor is not None and not _is_factor(factor):
                 raise _impossible(name, "a number of at least 1", factor)
 
     @classmethod
     def none(cls) -> Bounds:
         """Nothing is bounded: what clients claim is believed, and what they send is used whole."""
-        return cls(weight=None, norm=None)
+        return cls(weight=None, norm=None, pull=None)
 
     def _declared(self) -> Iterator[tuple[str, int]]:
         for client, count in (self.examples or {}).items():
@@ -89,24 +94,36 @@ class Bounds:
 
     def apply(self, claims: Mapping[str, Claim]) -> dict[str, Bounded]:
         """What each reply of a round is given; in the order of the claims."""
-        weights = {client: self._counted(client, claim) for client, claim in claims.items()}
-        most_weight = _most(self.weight, weights.values())
-        norms = {client: claim.influence.update for client, claim in claims.items()}
-        most_norm = _most(self.norm, norms.values())
-        most_statistics = self._most_statistics(claims)
-        bounded = {}
+        weights = self._weights(claims)
+        updates = self._update_scales(claims, weights)
+        most, times, bounded = self._most_statistics(claims), times_median(claims), {}
         for client, claim in claims.items():
-            weight = min(weights[client], most_weight)
-            update = _scale(norms[client], most_norm)
             statistics = {
                 name: scale
                 for name, size in claim.influence.statistics.items()
-                if (scale := _scale(size, most_statistics[name])) < 1
+                if (scale := _scale(size, most[name])) < 1
             }
+            update = updates[client]
             scales = Scales(update, statistics) if update < 1 or statistics else WHOLE
-            cuts = tuple(self._cuts(claim, weight, scales))
-            bounded[client] = Bounded(weight, scales, cuts)
+            cuts = tuple(self._cuts(claim, weights[client], scales, times[client]))
+            bounded[client] = Bounded(weights[client], scales, cuts)
         return bounded
+
+    def _weights(self, claims: Mapping[str, Claim]) -> dict[str, float]:
+        counted = {client: self._counted(client, claim) for client, claim in claims.items()}
+        most = _most(self.weight, counted.values())
+        return {client: min(weight, most) for client, weight in counted.items()}
+
+    def _update_scales(
+        self, claims: Mapping[str, Claim], weights: Mapping[str, float]
+    ) -> dict[str, float]:
+        """By how much each update is scaled down: by its length, then by its pull."""
+        norms = {client: claim.influence.update for client, claim in claims.items()}
+        most = _most(self.norm, norms.values())
+        scales = {client: _scale(norm, most) for client, norm in norms.items()}
+        pulls = {client: weights[client] * scales[client] * norms[client] for client in claims}
+        most = _most(self.pull, pulls.values())
+        return {client: scales[client] * _scale(pulls[client], most) for client in claims}
 
     def _counted(self, client: str, claim: Claim) -> float:
         """The examples that a client is taken to have, before it is compared with others."""
@@ -120,24 +137,20 @@ class Bounds:
                 sizes.setdefault(name, []).append(size)
         return {name: _most(self.norm, found) for name, found in sizes.items()}
 
-    def _cuts(self, claim: Claim, weight: float, scales: Scales) -> Iterator[str]:
+    def _cuts(self, claim: Claim, weight: float, scales: Scales, times: float) -> Iterator[str]:
         if weight < claim.examples:
             yield f"its claim of {claim.examples} examples counts as {weight:.0f}"
         if scales.update < 1:
             yield (
-                f"its update, {self._times(scales.update)} times the round's median, was scaled "
-                f"down to {self.norm:g} times"
+                f"its update, {times:.3g} times the round's median, was scaled down to "
+                f"{times * scales.update:.3g} times"
             )
-        if scales.statistics:
-            worst = self._times(min(scales.statistics.values()))
+        if scales.statistics and self.norm is not None:
+            worst = self.norm / min(scales.statistics.values())
             yield (
-                f"{len(scales.statistics)} of its Grams, up to {worst} times the round's median, "
-                f"were scaled down to {self.norm:g} times"
+                f"{len(scales.statistics)} of its Grams, up to {worst:.3g} times the round's "
+                f"median, were scaled down to {self.norm:g} times"
             )
-
-    def _times(self, scale: float) -> str:
-        assert self.norm is not None
-        return f"{self.norm / scale:.3g}"
 
 
 def times_median(claims: Mapping[str, Claim]) -> dict[str, float]:

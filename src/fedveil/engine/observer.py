@@ -28,6 +28,9 @@ class Observer:
     def client_bounded(self, number: int, client: str, cuts: str) -> None:
         """A client's reply counts for less than it asked for."""
 
+    def client_left_out(self, number: int, client: str, reason: str) -> None:
+        """A round was closed without a client's reply, which would have ruined the model."""
+
     def round_rejected(self, number: int, reason: str) -> None:
         """What came of a round is no model: the global model stays as it was before."""
 

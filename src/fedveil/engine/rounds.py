@@ -34,9 +34,9 @@ from fedveil.errors import (
     TrainingError,
 )
 from fedveil.files import write_whole
-from fedveil.schemes import ServerSide, examples_of
+from fedveil.schemes import ServerSide, ServerState, examples_of
 from fedveil.secret import Secret
-from fedveil.state import load_state
+from fedveil.state import StateDict, load_state
 from fedveil.training import Prepared, Task, evaluate
 from fedveil.training.modes import on_device
 from fedveil.wire import Limits, Message, reply_limits
@@ -47,6 +47,11 @@ CrewFactory = Callable[[ClientFiles | None], AbstractContextManager[Crew]]
 
 # Always the same, since the last bits of a loss depend on it.
 MEASURING_THREADS = 2
+
+_TRIES = 8
+"""So many clients are left out, one after the other, of a round of which no model comes."""
+_GLANCE = 32
+"""Rows on which the global model is looked at in rounds in which it is not measured."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,7 @@ class Rounds:
     beside: Mapping[str, int] = field(default_factory=dict)
     reached_by_base: dict[str, float] | None = field(default=None, init=False)
     _awaited: dict[str, Limits] = field(default_factory=dict, init=False)
+    _released: list[str] = field(default_factory=list, init=False)
 
     def run(self, rounds: int, *, resume: bool, from_round: int | None = None) -> list[RoundRecord]:
         """Run until round ``rounds`` is finished; returns the records of all rounds.
@@ -216,13 +222,16 @@ class Rounds:
         if present is not None:
             order = [client for client in order if client in present]
         self.observer.round_started(number, min(self._wanted, len(order)))
+        begun, self._released = self.server.state(), []
         self.server.begin_round(number)
-        # The workers have the cores: more threads here would only wait for one another.
-        with threads(1), Spool(self.folder) as spool:
-            jobs = self._jobs(record, order, rounds, clients)
-            claims, measured = self._collect(record, clients.answers(jobs), spool)
-            self._use(record, claims, spool)
-        self._close(record, rounds, Verdict(records, self.reached_by_base, claims))
+        with Spool(self.folder) as spool:
+            # The workers have the cores: more threads here would only wait for one another.
+            with threads(1):
+                jobs = self._jobs(record, order, rounds, clients)
+                claims, measured = self._collect(record, clients.answers(jobs), spool)
+                self._use(record, claims, spool)
+            verdict = Verdict(records, self.reached_by_base, claims)
+            self._close(record, rounds, verdict, begun, claims, spool)
         if self._exposure is not None:
             record.exposed = {name: self._exposure.share([name]) for name in record.bytes_down}
             record.exposed_together = self._exposure.share(self._exposure.clients)
@@ -259,30 +268,95 @@ class Rounds:
         return claims, measured
 
     def _use(self, record: RoundRecord, claims: Mapping[str, Claim], spool: Spool) -> None:
-        """Add up the replies, each as far as it may count."""
+        """Add up the replies of those who claim something, each as far as it may count."""
         bounded = self.bounds.apply(claims)
+        record.bounded = {}
         for client, data in spool.replies():
+            if client not in claims:
+                continue
             mine = bounded[client]
             reply = Message.from_bytes(data, limits=self._awaited[client])
             self.server.absorb(client, reply, mine.weight, mine.scales)
             if mine.cuts:
                 record.bounded[client] = "; ".join(mine.cuts)
-                self.observer.client_bounded(record.round, client, record.bounded[client])
 
-    def _close(self, record: RoundRecord, rounds: int, verdict: Verdict) -> None:
-        """Apply what the clients taught, unless no model comes of it."""
-        before = self.server.state()
-        before = replace(before, tensors={n: t.clone() for n, t in before.tensors.items()})
+    def _close(
+        self,
+        record: RoundRecord,
+        rounds: int,
+        verdict: Verdict,
+        begun: ServerState,
+        claims: Mapping[str, Claim],
+        spool: Spool,
+    ) -> None:
+        """Apply what clients taught. If no model comes of it, find the one whose fault that is.
+
+        Args:
+            record: Of the round.
+            rounds: In all.
+            verdict: What makes a model.
+            begun: The server's state before the round.
+            claims: What the clients of the round ask for.
+            spool: Their replies.
+        """
+        added = self.server.state()
+        tensors = {name: tensor.clone() for name, tensor in added.tensors.items()}
+        failure = self._apply(record, rounds, verdict, tensors)
+        for suspect in verdict.suspects[:_TRIES] if failure and len(claims) > 1 else ():
+            rest = {client: claim for client, claim in claims.items() if client != suspect}
+            self._begin_anew(record, replace(begun, tensors=tensors))
+            self._use(record, rest, spool)
+            if self._apply(record, rounds, verdict, tensors) is None:
+                self._leave_out(record, suspect, str(failure))
+                failure = None
+                break
+        for client, cuts in record.bounded.items():
+            self.observer.client_bounded(record.round, client, cuts)
+        if failure is not None:
+            self.server.restore(replace(added, tensors=tensors))
+            record.rejected = str(failure)
+            record.metrics = {"clients": len(claims)}
+            record.measures = self._measure(record.round, rounds)
+            self.observer.round_rejected(record.round, record.rejected)
+
+    def _apply(
+        self, record: RoundRecord, rounds: int, verdict: Verdict, before: StateDict
+    ) -> TrainingError | None:
+        """Let the server's model learn; returns why no model came of it."""
         try:
             record.metrics = dict(self.server.end_round())
             record.measures = self._measure(record.round, rounds)
-            verdict.check(self.server.state().tensors, record.measures)
+            verdict.check(self.server.state().tensors, before, self._loss(record))
         except TrainingError as error:
-            self.server.restore(before)
-            record.rejected = str(error)
-            record.metrics = {"clients": record.metrics.get("clients", len(record.bytes_up))}
-            record.measures = self._measure(record.round, rounds)
-            self.observer.round_rejected(record.round, record.rejected)
+            return error
+        return None
+
+    def _loss(self, record: RoundRecord) -> float | None:
+        """Of the global model; of a few rows if it is not to be measured in this round."""
+        if self.test is None or "global" not in self.server.views:
+            return None
+        if "global" in record.measures:
+            return record.measures["global"]["loss"]
+        load_state(self.model, self.server.view("global"))
+        some = self.test.select(range(min(_GLANCE, len(self.test))))
+        with threads(MEASURING_THREADS), on_device(self.model, self.device):
+            return evaluate(self.model, self.task, some)["loss"]
+
+    def _begin_anew(self, record: RoundRecord, begun: ServerState) -> None:
+        """Take the server back to where all clients of the round have been sent their proxies."""
+        self.server.restore(begun)
+        self.server.begin_round(record.round)
+        for client in self._released:  # in their order, which decides who shares a mask
+            self.server.release(client)
+
+    def _leave_out(self, record: RoundRecord, client: str, reason: str) -> None:
+        """Write down that a round was closed without a client's reply."""
+        record.failed[client] = (
+            f"left out, as with its update no model comes of the round: {reason}"
+        )
+        for kept in (record.bytes_up, record.examples, record.loss_first, record.loss_last):
+            kept.pop(client, None)
+        self.observer.client_left_out(record.round, client, record.failed[client])
 
     @property
     def _wanted(self) -> int:
@@ -328,6 +402,7 @@ class Rounds:
             if len(record.bytes_down) == self._wanted:
                 return
             message = self.server.release(client)
+            self._released.append(client)
             proxy = write(message)
             if (reason := self._refusal(client, proxy)) is not None:
                 record.refused[client] = reason

@@ -92,6 +92,10 @@ class ConsoleProgress(Observer):
         """See :class:`Observer`."""
         self._say(f"round {number}: {client} counts for less: {cuts}", style="yellow")
 
+    def client_left_out(self, number: int, client: str, reason: str) -> None:
+        """See :class:`Observer`."""
+        self._say(f"round {number}: {client} is {reason}", style="bold red")
+
     def round_rejected(self, number: int, reason: str) -> None:
         """See :class:`Observer`."""
         self._say(f"round {number} is not applied: {reason}", style="bold red")

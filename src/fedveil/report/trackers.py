@@ -232,6 +232,9 @@ class _Watched(Observer):
     def client_bounded(self, number: int, client: str, cuts: str) -> None:
         self._observer.client_bounded(number, client, cuts)
 
+    def client_left_out(self, number: int, client: str, reason: str) -> None:
+        self._observer.client_left_out(number, client, reason)
+
     def round_rejected(self, number: int, reason: str) -> None:
         self._observer.round_rejected(number, reason)
 

@@ -131,7 +131,9 @@ class FedAvgServer:
     def _read(self, reply: Message) -> tuple[Updates, Any]:
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         sections, statistics = self._sums.read(reply, self._everything)
-        return self._scheme.codec.read(sections, shapes, self._everything), statistics
+        updates = self._scheme.codec.read(sections, shapes, self._everything)
+        self._global.check_statistics(updates, self._everything)
+        return updates, statistics
 
     def end_round(self) -> Metrics:
         """Add the mean update to the model."""

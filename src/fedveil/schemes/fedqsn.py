@@ -295,7 +295,9 @@ class FedQSNServer:
     def _read(self, reply: Message, selection: Selection) -> tuple[Updates, Any]:
         shapes = {name: tensor.shape for name, tensor in self._global.floating()}
         parts, statistics = self._sums.read(reply, selection)
-        return self._scheme.codec.read(parts, shapes, selection), statistics
+        updates = self._scheme.codec.read(parts, shapes, selection)
+        self._global.check_statistics(updates, selection)
+        return updates, statistics
 
     def end_round(self) -> Metrics:
         """Add the mean update to the full-precision weights."""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedveil.errors import CheckpointError
+from fedveil.errors import CheckpointError, ProtocolError
+from fedveil.selection import Selection
 from fedveil.state import StateDict, check_trainable, working_copy
 
 __all__ = ["GlobalModel"]
@@ -52,6 +53,28 @@ class GlobalModel:
                 tensor += step
                 squared += float(step.square().sum(dtype=torch.float64))
         return float(squared**0.5)
+
+    def check_statistics(self, updates: Mapping[str, Tensor], selection: Selection) -> None:
+        """Refuse an update after which a running variance would be below zero.
+
+        No data have such a variance, and a batch norm makes of it what is not finite: a single
+        number within every bound on the update's length would end the run.
+
+        Raises:
+            ProtocolError: It is one.
+        """
+        for name in (name for name in updates if name.endswith("running_var")):
+            before = selection.gather(name, self.tensors[name])
+            after = before + updates[name]
+            # A client of lower precision begins with a rounded variance.
+            if bool((after < -0.01 * before.abs() - 1e-6).any()):
+                raise ProtocolError(
+                    "An update makes a variance negative",
+                    expected="a variance of some data",
+                    found=f"{float(after.min()):.3g}",
+                    where=name,
+                    fix="Nothing of this reply was used.",
+                )
 
     def export(self, tensors: Mapping[str, Tensor] | None = None) -> StateDict:
         """A copy in the owner's dtypes."""

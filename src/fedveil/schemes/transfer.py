@@ -138,7 +138,9 @@ class Transfer:
             TrainingError: It is none.
         """
         if loss_problem(loss, 0.0) is not None:
-            before = self._judge({**self._own, **self._public}) if self._loss is None else self._loss
+            before = (
+                self._judge({**self._own, **self._public}) if self._loss is None else self._loss
+            )
             problem = loss_problem(loss, before)
             if problem is not None:
                 raise TrainingError(
