@@ -90,14 +90,81 @@ def test_a_head_of_another_size_is_fresh_too(home):
     assert federation.configuration()["fresh"] == ["*classifier.*"]
 
 
-def test_under_an_adapter_both_begin_with_the_same_one(home):
+ADAPTER = '[model.lora]\nr = 2\ntarget_modules = ["query"]'
+
+
+@pytest.mark.parametrize("public", ["public", "bare", "random"])
+def test_under_an_adapter_both_begin_with_the_same_one(home, public):
     pytest.importorskip("peft")
-    model = 'public = "public"\n[model.lora]\nr = 2\ntarget_modules = ["query"]'
-    federation = build(config_of(home, model, MINE))
+    federation = build(config_of(home, f'public = "{public}"\n{ADAPTER}', MINE))
     mine, theirs = toys.weights(federation.model), toys.weights(federation.released)
     adapter = {name for name in mine if "lora_" in name}
     assert len(adapter) == 2
     assert all(torch.equal(mine[name], theirs[name]) for name in adapter)
+    assert any(mine[name].any() for name in adapter)
+
+
+def test_an_adapter_that_follows_from_the_weights_is_each_models_own(home):
+    pytest.importorskip("peft")
+    model = f'public = "public"\n{ADAPTER}\ninit_lora_weights = "pissa"'
+    federation = build(config_of(home, model, MINE))
+    layer = "bert.encoder.layer.0.attention.self.query"
+    for adapted, seed in ((federation.model, 1), (federation.released, 0)):
+        merged = adapted.get_submodule(f"base_model.model.{layer}").get_delta_weight("default")
+        whole = merged + adapted.get_submodule(f"base_model.model.{layer}.base_layer").weight
+        torch.testing.assert_close(whole, toys.bert(seed).get_submodule(layer).weight)
+
+
+def models_of(home, model, number=0):
+    """The weights of both models under one of several secrets, and what is fresh."""
+    federation = build(config_of(home, model, MINE).change(secret_file=f"{number}.secret"))
+    fresh = federation.configuration().get("fresh", [])
+    return toys.weights(federation.model), toys.weights(federation.released), fresh
+
+
+HEAD = "classifier.weight"
+
+
+@pytest.mark.parametrize("public", ["bare", "random"])
+def test_what_is_new_in_both_begins_alike_and_what_is_not_stays_as_it_is(home, public):
+    toys.bert(seed=1).bert.save_pretrained(home / "own")
+    mine, theirs, fresh = models_of(home, f'public = "{public}"')
+    assert torch.equal(mine[HEAD], theirs[HEAD])
+    assert mine[HEAD].any()
+    assert fresh == []
+    body = {name: t for name, t in mine.items() if not name.startswith("classifier.")}
+    own = toys.weights(toys.bert(seed=1))
+    assert all(torch.equal(tensor, own[name]) for name, tensor in body.items())
+    assert not any(torch.equal(t, theirs[n]) for n, t in body.items() if t.ndim > 1)
+
+
+def test_what_is_new_in_the_owners_model_alone_follows_from_the_secret(home):
+    toys.bert(seed=1).bert.save_pretrained(home / "own")
+    one, theirs, fresh = models_of(home, 'public = "public"')
+    again, other = (models_of(home, 'public = "public"', number)[0] for number in (0, 1))
+    assert torch.equal(one[HEAD], again[HEAD])
+    assert not torch.equal(one[HEAD], other[HEAD])
+    assert not torch.equal(one[HEAD], theirs[HEAD])
+    assert fresh == []
+
+
+def test_functions_that_draw_alike_begin_alike(home):
+    (home / "twins.py").write_text(
+        "import torch, toys\n"
+        "def headed(seed):\n"
+        "    model = toys.bert(seed)\n"
+        "    model.classifier = torch.nn.Linear(16, 3)\n"
+        "    return model\n"
+        "def mine():\n    return headed(1)\n"
+        "def theirs():\n    return headed(0)\n"
+    )
+    config_of(home, 'public = "twins:theirs"\ntokenizer = "own"', MINE)
+    text = (home / "f.toml").read_text().replace('name = "own"', 'name = "twins:mine"')
+    (home / "f.toml").write_text(text)
+    federation = build(load_config(home / "f.toml"))
+    mine, theirs = toys.weights(federation.model), toys.weights(federation.released)
+    assert torch.equal(mine[HEAD], theirs[HEAD])
+    assert not torch.equal(mine["bert.pooler.dense.weight"], theirs["bert.pooler.dense.weight"])
 
 
 @pytest.mark.parametrize(
