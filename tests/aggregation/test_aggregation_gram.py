@@ -272,4 +272,6 @@ class TestRounded:
             moments_of(rows).gram(4000, None), GramCodec("blocks", 100, 8), 100
         )
         assert found.rounded
-        assert torch.equal(dense(found), dense(dataclasses.replace(found, rounded=False, received=False)))
+        assert torch.equal(
+            dense(found), dense(dataclasses.replace(found, rounded=False, received=False))
+        )

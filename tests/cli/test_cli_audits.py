@@ -1,6 +1,7 @@
 """The commands that look at a run afterwards, on a run of a configuration file."""
 
 import json
+import os
 import shutil
 
 import datasets
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 import toys
 from fedveil.audit import Evidence
 from fedveil.audit.attacks import fill, union
+from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import AuditError, FedveilError
 
 FILE = """
@@ -82,6 +84,46 @@ def test_an_audit_says_in_words_and_figures_what_leaked(finished):
     assert values["models"].keys() == {"base", "public", "global", "server_model"}
     page = (folder / "report.html").read_text()
     assert "Your model reaches" in page
+
+
+def test_while_a_run_is_at_work_it_is_not_audited_and_is_not_called_finished(finished, tmp_path):
+    folder, home = finished
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    (run / "audit.json").unlink(missing_ok=True)
+    with RunFolder(run).held():
+        done = run_fedveil("audit", str(run), home=home)
+        page = run_fedveil("report", str(run), "--out", str(tmp_path / "page.html"), home=home)
+        beside = run_fedveil("compare", str(run), home=home)
+    assert done.returncode == 4
+    assert "A run is at work in this folder" in done.stderr
+    assert f"process {os.getpid()} on " in done.stderr
+    assert not (run / "audit.json").exists()
+    assert page.returncode == 0, page.stderr
+    assert "2, not finished" in (tmp_path / "page.html").read_text()
+    assert beside.returncode == 0, beside.stderr
+    assert "Not finished, a run is at work: run." in beside.stdout
+
+
+def test_a_run_waits_for_an_audit_and_a_report_need_not(finished, tmp_path):
+    folder, home = finished
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    with RunFolder(run).held("audit"):
+        again = run_fedveil(
+            "run", str(home / "work" / "run.toml"), "--out", str(run), "--resume", home=home
+        )
+        page = run_fedveil("report", str(run), "--out", str(tmp_path / "page.html"), home=home)
+    assert again.returncode == 4
+    assert "An audit is at work in this folder" in again.stderr
+    assert page.returncode == 0, page.stderr
+    assert "not finished" not in (tmp_path / "page.html").read_text()
+
+
+def test_a_folder_that_is_none_is_not_made_by_an_audit(tmp_path):
+    done = run_fedveil("audit", str(tmp_path / "none"), home=tmp_path)
+    assert done.returncode == 4
+    assert not (tmp_path / "none").exists()
 
 
 def leak(folder, path, public=None):

@@ -90,7 +90,7 @@ def test_two_commands_in_one_folder_do_not_mix(home):
         )
     assert second.returncode == 4
     assert f"process {os.getpid()}" in second.stderr
-    assert "Another run is at work in this folder" in second.stderr
+    assert "A run is at work in this folder" in second.stderr
     assert not (home / "federation.secret").exists()
     assert run_fedveil("run", "federation.toml", "--rounds", "1", home=home).returncode == 0
 

@@ -167,6 +167,38 @@ def test_interrupted_run_keeps_its_rounds(home):
     assert len((home / "runs/federation/metrics.jsonl").read_text().splitlines()) >= 2
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--from-round", 1], "--from-round needs --resume"),
+        (
+            ["--from-round", 1, "--overwrite"],
+            "--overwrite and --from-round contradict each other",
+        ),
+        (["--from-round", 2, "--rounds", 2, "--resume"], "expected --from-round below 2"),
+    ],
+)
+def test_going_back_is_explained_in_the_words_of_the_command_line(home, call, words, told):
+    code, _, err = call("run", home / "federation.toml", *words)
+    assert code == 2
+    assert told in err
+    assert "from_round" not in err
+
+
+def test_a_damaged_checkpoint_is_one_plain_line(home, call):
+    file = home / "federation.toml"
+    assert call("run", file, "--rounds", 2)[0] == 0
+    damaged = home / "runs" / "federation" / "checkpoints" / "round-000002" / "state.json"
+    values = json.loads(damaged.read_text())
+    damaged.write_text(json.dumps(values | {"scheme": {"other": 1}}))
+    code, _, err = call("run", file, "--rounds", 2, "--resume")
+    assert code == 0, err
+    assert err == (
+        "warning: The checkpoint of round 2 is damaged (its content is not what was written). "
+        "Going on after round 1.\n"
+    )
+
+
 def test_failed_clients_are_named(home, call, monkeypatch):
     from fedveil.training import Trainer
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedveil import ConfigurationError, Evaluation, FedAvg, FedQSN, RegMean, Training
+from fedveil import Bounds, ConfigurationError, Evaluation, FedAvg, FedQSN, RegMean, Training
 from fedveil.config import load_config
 
 BASE = {
@@ -114,8 +114,12 @@ def test_clients_by_file(read):
         ({"training": {"steps": True}}, ["[training] steps", "whole number", "True"]),
         ({"training": {"frozen": "a"}}, ["[training] frozen", "array"]),
         ({"evaluation": {"proxies": -1}}, ["[evaluation]", "-1"]),
-        ({"federation": {"rounds": 0}}, ["[federation] rounds", "greater than or equal to 1"]),
+        ({"federation": {"rounds": 0}}, ["[federation] rounds", "at least 1"]),
         ({"federation": {"seed": -1}}, ["[federation] seed"]),
+        (
+            {"federation": {"keep_messages": "proxy"}},
+            ["[federation] keep_messages): expected true or false or 'proxies', found 'proxy'"],
+        ),
         ({"federation": {"clients_per_round": 5}}, ["clients_per_round", "at most 4", "5"]),
         ({"partition": {"how": "iid"}}, ["[partition] clients"]),
         ({"partition": {"clients": 4, "alpha": 0}}, ["[partition] alpha"]),
@@ -248,3 +252,31 @@ def test_no_unknown_key_passes(read, key, table):
 def test_any_text_is_a_configuration_error(read, text):
     with pytest.raises(ConfigurationError):
         read(text.encode("utf-8", "ignore").decode())
+
+
+class TestBounds:
+    def read(self, folder, text):
+        (folder / "f.toml").write_text(
+            '[model]\nname = "m"\n[data]\ntrain = "t.csv"\n[partition]\nclients = 3\n' + text
+        )
+        return load_config(folder / "f.toml").bounds
+
+    def test_are_those_of_the_library_unless_told(self, tmp_path):
+        assert self.read(tmp_path, "") == Bounds()
+
+    def test_are_read_with_none_for_none(self, tmp_path):
+        text = '[bounds]\nweight = "none"\nnorm = 2\npull = 4.5\nmax_examples = 900\n'
+        text += 'examples = { "client-00" = 40 }\n'
+        expected = Bounds({"client-00": 40}, 900, weight=None, norm=2, pull=4.5)
+        assert self.read(tmp_path, text) == expected
+
+    @pytest.mark.parametrize(
+        ("text", "word"),
+        [
+            ("weight = 0.5", "'weight'"), ('norm = "many"', "norm"), ("wieght = 3", "Did you mean"),
+            ("max_examples = 0", "max_examples"), ('examples = { "a" = 0 }', "examples.a"),
+        ],
+    )  # fmt: skip
+    def test_that_are_impossible_are_refused(self, text, word, tmp_path):
+        with pytest.raises(ConfigurationError, match=word):
+            self.read(tmp_path, f"[bounds]\n{text}\n")

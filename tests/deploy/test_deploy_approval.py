@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import toys
 from fedveil.cli import app
 from fedveil.config import build_workplace, load_config
-from fedveil.config.code import Approvals, Approved, code_of
+from fedveil.config.code import Approvals, Approved, code_of, read_piece
 from fedveil.deploy import Address, write_deployment
 from fedveil.deploy.checking import Survey
 from fedveil.errors import ConfigurationError
@@ -123,6 +123,32 @@ class TestCheck:
         unit.write_text(unit.read_text().replace("clinic-1", "x\nExecStartPre=/bin/evil\n#"))
         change(clinic, 'name = "clinic-1"', 'name = "x\\nExecStartPre=/bin/evil\\n#"')
         assert "supernode.service" not in Survey.of(config_of(clinic)).programs
+
+    @pytest.mark.parametrize("name", ["net.py", "supernode.sh"])
+    def test_what_has_changed_since_its_approval_is_shown_with_both_hashes(self, clinic, name):
+        path = clinic / name
+        path.write_text(path.read_text() + "# mine\n")
+        assert check(clinic, "--approve").exit_code == 0
+        before = read_piece(path).digest
+        path.write_text(path.read_text() + "# and yours\n")
+        found = check(clinic)
+        assert found.exit_code == 2
+        assert "CHANGED since it was approved" in found.output
+        assert f"    sha256 {read_piece(path).digest}" in found.output
+        assert f"approved was sha256 {before}" in found.output
+        assert "NOT APPROVED" not in found.output
+
+    @pytest.mark.parametrize("port", ["9095", "1", "65535"])
+    def test_a_script_of_another_port_is_fedveils_own(self, clinic, port):
+        script = clinic / "supernode.sh"
+        script.write_text(script.read_text().replace("PORT:-9094}", f"PORT:-{port}}}"))
+        assert "supernode.sh" in Survey.of(config_of(clinic)).programs
+
+    @pytest.mark.parametrize("port", ["$(evil)", "9094}; evil; {", "09094", "a", "", "٣"])
+    def test_a_port_that_is_more_than_one_is_no_script_of_fedveils(self, clinic, port):
+        script = clinic / "supernode.sh"
+        script.write_text(script.read_text().replace("PORT:-9094}", f"PORT:-{port}}}"))
+        assert "supernode.sh" not in Survey.of(config_of(clinic)).programs
 
     def test_whatever_else_is_there_is_named(self, clinic):
         (clinic / "triton.py").write_text("")

@@ -39,6 +39,23 @@ def test_there_is_a_folder_for_each_side(folder):
             subprocess.run(["sh", "-n", script], check=True)
 
 
+@pytest.mark.parametrize(
+    ("host", "superlink", "ports"),
+    [
+        ("fl.example.org", 9092, [9094, 9094]),
+        ("127.0.0.1", 9092, [9094, 9095]),
+        ("localhost", 9094, [9095, 9096]),
+    ],
+)
+def test_supernodes_of_one_machine_have_ports_of_their_own(folder, host, superlink, ports):
+    config = load_config(folder / "federation.toml")
+    _, *partners = write_deployment(config, Address(host, superlink), folder / "deployment")
+    for partner, port in zip(partners, ports, strict=True):
+        assert f"${{FEDVEIL_PORT:-{port}}}" in (partner / "supernode.sh").read_text()
+        assert f"port {port}," in (partner / "README.md").read_text()
+        assert "supernode.sh" in Survey.of(load_config(partner / "partner.toml")).programs
+
+
 def test_keys_are_pairs_and_private_ones_are_their_owners(folder):
     owner, *partners = write(folder)
     publics = set()

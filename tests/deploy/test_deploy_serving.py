@@ -12,6 +12,7 @@ from fedveil.flower.client import Partner
 from fedveil.flower.payload import pack, unpack
 from fedveil.flower.runtime import LostError
 from fedveil.flower.serving import StopServing, serve
+from fedveil.wire import Message as Wire
 from grids import LocalGrid
 
 SECRET = "row 7: Jane Roe"
@@ -126,12 +127,40 @@ def test_a_message_that_is_lost_costs_that_message(caplog):
     assert "a reply is lost" in caplog.text
 
 
+def test_each_update_that_was_sent_is_a_line_in_the_clients_log(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "fedveil")
+    update = Wire("update", "fedqsn", 4, "clinic-1", scalars={"examples": 60})
+    monkeypatch.setattr("fedveil.flower.client._train", lambda *_: update.to_bytes())
+    serve_all(Given(kind="train"), Given())
+    assert [one.getMessage() for one in caplog.records] == [
+        "round 4: trained on 60 examples, update sent"
+    ]
+    assert caplog.records[0].levelno == logging.INFO
+
+
+def test_an_update_that_is_lost_is_not_told_as_sent(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "fedveil")
+    update = Wire("update", "fedqsn", 4, "clinic-1", scalars={"examples": 60})
+    monkeypatch.setattr("fedveil.flower.client._train", lambda *_: update.to_bytes())
+
+    def lose(reply, patience=60.0):
+        raise LostError("gone")
+
+    given = Given(kind="train")
+    given.answer = lose
+    serve_all(given)
+    assert "a reply is lost" in caplog.text
+    assert "sent" not in caplog.text
+
+
 def test_a_supernode_that_is_away_is_waited_for_and_told_of_once(caplog):
+    caplog.set_level(logging.INFO, "fedveil")
     away = [LostError("no answer")] * 4
     (reply,) = serve_all(*away, Given())
     assert reply.has_content()
     assert caplog.text.count("Waiting for the SuperNode") == 1
-    assert caplog.text.count("The SuperNode is there") == 1
+    (there,) = [one for one in caplog.records if one.getMessage() == "The SuperNode is there"]
+    assert there.levelno == logging.INFO
 
 
 def test_who_is_told_to_end_while_training_says_so_and_ends(monkeypatch):

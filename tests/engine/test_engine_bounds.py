@@ -141,7 +141,7 @@ class TestInEveryScheme:
         lied = run(scheme, {"c1": times(-300.0)})
         # Least squares give directions that only one client's data excite wholly to it.
         assert distance(weights(lied.global_model), honest) < (8 if name == "regmean" else 3) * step
-        assert "times the round's median" in lied.rounds[0].bounded["c1"]
+        assert "times the median length" in lied.rounds[0].bounded["c1"]
         unbounded = run(scheme, {"c1": times(-300.0)}, bounds=Bounds.none())
         assert distance(weights(unbounded.global_model), honest) > 20 * step
 

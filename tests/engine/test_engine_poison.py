@@ -1,12 +1,13 @@
 """A reply of which no model comes costs its round, and never the run."""
 
+import copy
 import json
 import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from engine_samples import filled, run_with
+from engine_samples import filled, run_with, times
 from torch import nn
 
 import toys
@@ -17,14 +18,19 @@ from fedveil import (
     Evaluation,
     FedAvg,
     FedQSN,
+    ImageClassification,
     Observer,
     RegMean,
+    Training,
     TrainingError,
 )
 from fedveil.engine.checkpoint import CheckpointFolder
 from fedveil.engine.crew import Answer
 from fedveil.engine.in_process import InTurn
+from fedveil.errors import FedveilWarning
+from fedveil.errors import FedveilWarning
 from fedveil.schemes.fedavg import FedAvgServer
+from fedveil.training import Trainer
 from fedveil.wire import Dense, Message
 from toys import federation, same, weights
 
@@ -141,6 +147,86 @@ class TestTwoWhoPoisonARound:
         run_with(built(scheme=scheme, out=tmp_path), self.lies(2), 2)
         resumed = run_with(built(scheme=scheme, out=tmp_path), {}, 4, resume=True)
         assert same(weights(whole.global_model), weights(resumed.global_model))
+
+
+def bomb(model, length):
+    """The step of this length that raises the loss most, by gradient ascent."""
+    model = copy.deepcopy(model)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    rows = toys.rows(30, seed=7)
+    images = torch.stack([row["image"] for row in rows])
+    labels = torch.tensor([row["label"] for row in rows])
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            size = math.sqrt(sum(float(g.square().sum()) for g in gradients)) or 1.0
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter += length / 10 * gradient / size
+            step = {n: p - start[n] for n, p in model.named_parameters()}
+            far = max(1.0, math.sqrt(sum(float(s.square().sum()) for s in step.values())) / length)
+            for name, parameter in model.named_parameters():
+                parameter.copy_(start[name] + step[name] / far)
+    return {n: p.detach() - start[n] for n, p in model.named_parameters()}
+
+
+def trained():
+    """A net that knows its task, so that its loss can rise."""
+    model, task = toys.mlp(), ImageClassification()
+    data = task.prepare(toys.rows(60, seed=50))
+    Trainer(task, data, Training(steps=60, batch_size=8, learning_rate=0.02)).train(model, seed=0)
+    return model
+
+
+class TestWhoIsLeftOut:
+    """The one without whom the round gives the best model: no larger update takes the blame."""
+
+    def attack(self, model, size):
+        def lie(reply):
+            step = bomb(model, size)
+            length = math.sqrt(sum(float(s.square().sum()) for s in step.values()))
+            sections = {n: Dense(size / length * s) for n, s in step.items()}
+            scalars = {**reply.scalars, "examples": 10**6}
+            return replace(reply, sections=sections, scalars=scalars)
+
+        return lie
+
+    def lengths(self, clients, model, settings):
+        """Of honest updates."""
+        found = {}
+
+        def look(reply):
+            squares = (float(s.tensor.square().sum()) for s in reply.sections.values())
+            found[reply.client] = math.sqrt(sum(squares))
+            return reply
+
+        run_with(federation(model, clients=clients, **settings), dict.fromkeys(clients, look))
+        return found
+
+    def run(self, count, larger, share):
+        """Honest clients of whom c01 has a larger update, and one whose is a share of that."""
+        model = trained()
+        settings = {
+            "scheme": FedAvg(), "test": toys.rows(60, seed=99),
+            "training": Training(steps=30, batch_size=4, learning_rate=0.01, schedule="constant"),
+        }  # fmt: skip
+        clients = {f"c{i:02d}": toys.rows(12, seed=i) for i in range(count)}
+        lengths = self.lengths(clients, model, settings)
+        hostile = f"c{count - 1:02d}"
+        size = share * larger * lengths["c01"]
+        lies = {"c01": times(larger), hostile: self.attack(model, size)}
+        run = federation(model, clients=clients, **settings)
+        return hostile, run_with(run, lies).rounds[0]
+
+    @pytest.mark.parametrize(("larger", "share"), [(3.0, 0.9), (6.0, 0.7), (12.0, 0.99)])
+    def test_of_three_it_is_not_the_honest_one_with_the_largest(self, larger, share):
+        hostile, record = self.run(3, larger, share)
+        assert set(record.failed) <= {hostile}
+
+    def test_of_many_it_is_found_though_others_are_larger(self):
+        hostile, record = self.run(12, 1.0, 3.0)
+        assert set(record.failed) <= {hostile}
+        assert not record.rejected
 
 
 class TestAVarianceBelowZero:
@@ -293,9 +379,27 @@ class TestCheckpoints:
         whole = built().run(5)
         built(out=tmp_path).run(4)
         harm(tmp_path / "checkpoints" / "round-000004", damage)
-        with pytest.warns(UserWarning, match="goes on after round 3"):
+        told = r"^The checkpoint of round 4 is damaged \(.+\)\. Going on after round 3\.$"
+        with pytest.warns(FedveilWarning, match=told):
             again = built(out=tmp_path).run(5, resume=True)
         assert same(weights(again.global_model), weights(whole.global_model))
+
+    def test_who_cannot_resume_for_what_may_differ_is_told_how(self, tmp_path):
+        built(out=tmp_path).run(4)
+        with pytest.raises(CheckpointError, match="'bounds' differs") as caught:
+            built(out=tmp_path, bounds=Bounds(weight=2.5)).run(5, resume=True)
+        assert "go back with --from-round N, from where clients and bounds" in caught.value.fix
+        with pytest.raises(CheckpointError, match="'seed' differs") as caught:
+            built(out=tmp_path, seed=9).run(5, resume=True)
+        assert "--from-round" not in caught.value.fix
+
+    def test_of_a_round_that_is_gone_the_kept_ones_are_named(self, tmp_path):
+        built(out=tmp_path).run(4)
+        with pytest.raises(CheckpointError, match="expected 2 or 3 or 4") as caught:
+            built(out=tmp_path).run(5, resume=True, from_round=1)
+        assert caught.value.fix == (
+            "Checkpoints of the last 3 rounds are kept (`checkpoints` in [federation])."
+        )
 
     def test_only_if_all_are_damaged_the_run_is_lost(self, tmp_path):
         built(out=tmp_path).run(4)

@@ -266,7 +266,7 @@ class TestOneAtATime:
             self.wait_for(first, "finished 1")
             before = everything(tmp_path)
             for how in ({}, {"resume": True}, {"overwrite": True}):
-                with pytest.raises(CheckpointError, match="Another run is at work") as caught:
+                with pytest.raises(CheckpointError, match="A run is at work") as caught:
                     standard(tmp_path, keep_messages=True).run(3, **how)
             with self.start(tmp_path) as second:
                 _, told = second.communicate(timeout=60)

@@ -146,4 +146,4 @@ class TestAStrategysFolder:
 
         grid = grid_of(toys.federation(toys.mlp(), scheme=SCHEME), partner_1=second)
         self.start(grid, out=tmp_path)
-        assert "Another run is at work" in caught[0]
+        assert "A run is at work" in caught[0]

@@ -129,7 +129,9 @@ class TestInnerStrategies:
 
     def test_nobody_weighs_what_it_claims(self):
         def lie(reply):
-            return changed(scalars={"examples": 2**63 - 1})(reply)
+            data, _ = unpack(reply.content)
+            scalars = {**Wire.from_bytes(data).scalars, "examples": 2**63 - 1}
+            return changed(scalars=scalars)(reply)
 
         told = []
 
@@ -195,6 +197,38 @@ class TestFaults:
             return reply
 
         assert nearly(start(grid(partner_1=chatty)), start(grid()))
+
+    @pytest.mark.parametrize("loss", [1e9, 1e150, 1e300])
+    def test_no_number_that_a_client_adds_decides(self, loss):
+        from flwr.serverapp.strategy import QFedAvg
+
+        def lie(reply):
+            data, _ = unpack(reply.content)
+            scalars = {**Wire.from_bytes(data).scalars, "loss_last": loss}
+            return changed(scalars=scalars)(reply)
+
+        def moved(**behaviours):
+            inner = QFedAvg(
+                client_learning_rate=0.1, train_loss_key="loss_last", fraction_evaluate=0.0,
+                **{k: v for k, v in EVERYONE.items() if "evaluate" not in k},
+            )  # fmt: skip
+            after = start(grid(**behaviours), strategy(inner), rounds=1)
+            base = toys.weights(toys.mlp())
+            return math.sqrt(sum(float((after[n] - base[n]).square().sum()) for n in base))
+
+        assert moved(partner_1=lie) < 3 * moved()
+
+    def test_who_lacks_a_number_that_the_others_add_is_left_out(self):
+        def mute(reply):
+            data, _ = unpack(reply.content)
+            scalars = dict(Wire.from_bytes(data).scalars)
+            del scalars["loss_last"]
+            return changed(scalars=scalars)(reply)
+
+        absent = {"partner_1": lambda reply: None}
+        two = {"min_train_nodes": 2, "min_available_nodes": 3, "fraction_evaluate": 0.0}
+        without = start(grid(**absent), strategy(FedAvg(**two)), rounds=1)
+        assert nearly(start(grid(partner_1=mute), strategy(FedAvg(**two)), rounds=1), without)
 
     def test_a_round_without_any_answer_changes_nothing(self):
         nobody = {f"partner_{number}": lambda reply: None for number in range(3)}

@@ -23,7 +23,8 @@ from fuzz_forge import take_apart
 from rich.console import Console
 from torch import Tensor, nn
 
-from fedveil import FedAvg, FedQSN, FedveilError, RegMean, Secret, TrainingError
+from fedveil import Bounds, FedAvg, FedQSN, FedveilError, RegMean, Secret, TrainingError
+from fedveil.engine.bounds import Claim
 from fedveil.merging import MergeStatistics
 from fedveil.quantization import QuantizedTensor
 from fedveil.report.describe import message_table
@@ -209,7 +210,9 @@ class Place:
         server.begin_round(1)
         first = self.scheme.client().fit(server.release("first"), wiped(net()), Steady())
         server.release(self.name)
-        server.absorb("first", Message.from_bytes(first.to_bytes()), 3.0)
+        reply = Message.from_bytes(first.to_bytes())
+        self._first = Claim(3, server.inspect("first", reply))
+        server.absorb("first", reply, 3.0)
         return server
 
     def _copy(self) -> ServerSide:
@@ -217,18 +220,21 @@ class Place:
         return copy.deepcopy(self._as_awaiting, {id(SECRET): SECRET})
 
     def serve(self, reply: Message) -> str:
-        """What an engine does with a reply; a refusal must leave the server as it was."""
+        """What an engine does with a reply: looking at it must leave the server as it was.
+
+        What was looked at and not refused is used, whatever it was scaled down to.
+        """
         examples = reply.scalars.get("examples")
-        weight = float(examples) if type(examples) is int and examples > 0 else 5.0
+        claimed = examples if type(examples) is int and examples > 0 else 5
         try:
-            self.server.absorb(self.name, reply, weight)
+            claim = Claim(claimed, self.server.inspect(self.name, reply))
         except FedveilError as error:
             said = _words(error)
-        else:
-            said = "taken"
-        if said != "taken":
             assert fingerprint(self.server) == self._print, f"changed by what it refused: {said}"
             return said
+        assert fingerprint(self.server) == self._print, "changed by what it looked at"
+        bounded = Bounds().apply({"first": self._first, self.name: claim})[self.name]
+        self.server.absorb(self.name, reply, bounded.weight, bounded.scales)
         server, self.server = self.server, self._copy()
         server.end_round()
         for name, tensor in server.final().items():

@@ -212,7 +212,9 @@ def cut_at(moment, names, patch):
 def small_shards(monkeypatch):
     """Checkpoints of four shards and more."""
     make = CheckpointFolder.__init__
-    monkeypatch.setattr(CheckpointFolder, "__init__", lambda self, f, keep: make(self, f, 6200, keep))
+    monkeypatch.setattr(
+        CheckpointFolder, "__init__", lambda self, f, keep: make(self, f, 6200, keep)
+    )
 
 
 def running():
@@ -537,7 +539,7 @@ class TestACheckpoint:
         path.write_bytes(path.read_bytes()[:-9])
         if how == "missing":
             path.unlink()
-        with pytest.warns(UserWarning, match=r"damaged.*goes on after round 1"):
+        with pytest.warns(UserWarning, match=r"damaged.*Going on after round 1"):
             check_resumed(tmp_path, uninterrupted)
 
 

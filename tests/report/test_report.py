@@ -52,6 +52,29 @@ def render(thing, width, **words):
     return out.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("kept", "line"),
+    [
+        (1, "the checkpoint of the last round is kept, 2.00 KB\n"),
+        (3, "checkpoints of the last 3 rounds are kept, 2.00 KB each\n"),
+    ],
+)
+def test_what_checkpoints_take_is_said_once(kept, line):
+    out = io.StringIO()
+    progress = ConsoleProgress(Console(file=out, width=80))
+    progress.checkpoint_saved(1, 2000, kept)
+    progress.checkpoint_saved(2, 2000, kept)
+    assert out.getvalue() == line
+
+
+def test_a_round_says_how_much_of_the_model_was_shown_at_most_and_together():
+    out = io.StringIO()
+    progress = ConsoleProgress(Console(file=out, width=80))
+    progress.round_finished(record(1, exposed={"a": 0.5, "b": 0.997}, exposed_together=0.999))
+    told = "at most 99.7 % of the model shown to one client so far, 99.9 % to all together"
+    assert told in out.getvalue()
+
+
 def test_summary_takes_the_last_round_and_keeps_gaps():
     figures = summarize("x", result([record(1, 60.0), record(2), record(3, 80.0)]), seconds=3.0)
     assert figures == {

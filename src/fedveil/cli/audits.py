@@ -50,7 +50,8 @@ def audit(
     """Try what an attacker would with exactly the bytes that clients were sent.
 
     The run must have kept its messages ([bold]keep_messages[/bold]) and have a
-    test set. Writes audit.json and report.html into the run folder.
+    test set. Writes audit.json and report.html into the run folder, in which no run
+    may be at work.
 
     [bold]Examples[/bold]
 
@@ -60,24 +61,28 @@ def audit(
 
       fedveil audit runs/federation --coalition 1 --coalition 5
     """
-    from fedveil.audit import Evidence
+    from fedveil.audit import Evidence, Manifest
     from fedveil.audit import audit as attack
     from fedveil.engine.run_folder import RunFolder
     from fedveil.report.audit_table import attack_table, check_lines, inferred_line
     from fedveil.report.page import write_page
 
-    console, evidence = Console(), Evidence(run)
-    with console.status("reading the run") as status:
-        config, federation = _reopen(run)
-        stage = federation.stage(_public(public, config, federation))
+    console = Console()
+    Manifest.read(run)  # a folder that is none is not made
+    # What is audited must not grow meanwhile: a round under way has messages and no record.
+    with RunFolder(run).held("audit") as place:
+        evidence = Evidence(run)
+        with console.status("reading the run") as status:
+            config, federation = _reopen(run)
+            stage = federation.stage(_public(public, config, federation))
 
-        def tell(what: str) -> None:
-            status.update(what)
+            def tell(what: str) -> None:
+                status.update(what)
 
-        found = attack(evidence, stage, full=full, coalitions=coalition or None, tell=tell)
-    RunFolder(run).claim("audit.json")
-    path = found.write(run)
-    page = write_page(run)
+            found = attack(evidence, stage, full=full, coalitions=coalition or None, tell=tell)
+        place.claim("audit.json")
+        path = found.write(run)
+        page = write_page(run)
     _show(found)
     wide_console().print(attack_table(found))
     if (guess := inferred_line(found)) is not None:

@@ -56,6 +56,7 @@ def run(
     from fedveil.flower.serving import StopServing, serve
 
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("fedveil").setLevel(logging.INFO)
     config = load_config(file)
     place = build_workplace(config)
     if config.partner is None:  # which build_workplace has refused

@@ -86,14 +86,13 @@ def run(
     """
     from fedveil.config import load_config, open_secret
     from fedveil.engine.run_folder import RunFolder
-    from fedveil.federation.settings import check_return
 
     folder = str(out.absolute()) if out is not None else None
     config = load_config(file).change(rounds=rounds, workers=workers, out=folder)
     if dry_run:
         _rehearse(config, Console())
         return
-    check_return(from_round, config.federation.rounds, resume=resume)
+    _check_return(from_round, config.federation.rounds, resume=resume, overwrite=overwrite)
     _check_folder(config, resume=resume, overwrite=overwrite)
     console = Console()
     # Until the last result is written nobody else may work in the folder.
@@ -192,6 +191,27 @@ def _rehearse(config: Config, console: Console) -> None:
         "cannot tell: whether names on the hub exist, and how much time and memory the model "
         "takes.",
     )
+
+
+def _check_return(from_round: int | None, rounds: int, *, resume: bool, overwrite: bool) -> None:
+    """Whether a run can go back to a round, in the words of the command line."""
+    if from_round is None:
+        return
+    if overwrite:
+        raise ConfigurationError(
+            "--overwrite and --from-round contradict each other", fix="Leave one out."
+        )
+    if not resume:
+        raise ConfigurationError(
+            "--from-round needs --resume",
+            fix="Only a run that is continued can go back to a round.",
+        )
+    if from_round >= rounds:
+        raise ConfigurationError(
+            "Nothing would be run",
+            expected=f"--from-round below {rounds}, the number of rounds",
+            found=str(from_round),
+        )
 
 
 def _check_folder(config: Config, *, resume: bool, overwrite: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -22,6 +23,8 @@ _TOML_WORDS = {
     "string": "text",
     "tuple": "an array",
 }
+_KIND = re.compile(r"(bool|int|float|str|none|list|tuple|dict|literal|constrained-\w+)(\[.*\])?")
+"""How pydantic calls one kind of several that a value may be of; it stands after the key."""
 
 
 class Problems:
@@ -46,8 +49,7 @@ class Problems:
 
     def add_all(self, table: str, error: ValidationError, known: Sequence[str]) -> None:
         """Note what pydantic found in one table."""
-        for detail in error.errors(include_url=False):
-            key = ".".join(str(part) for part in detail["loc"])
+        for key, detail, expected in _by_key(error):
             if detail["type"] == "extra_forbidden":
                 self.add_unknown("key", table, key, known)
             elif detail["type"] == "missing":
@@ -57,7 +59,7 @@ class Problems:
                     "The value cannot be used",
                     table,
                     key,
-                    expected=_expected(detail),
+                    expected=expected,
                     found=_quote(detail["input"]),
                 )
 
@@ -79,8 +81,22 @@ class Problems:
             )
 
 
+def _by_key(error: ValidationError) -> Iterator[tuple[str, ErrorDetails, str]]:
+    """What is wrong with each key, and what was expected: of a choice of kinds all of them."""
+    found: dict[str, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        parts = [str(part) for part in detail["loc"]]
+        if len(parts) > 1 and _KIND.fullmatch(parts[-1]):
+            del parts[-1]
+        found.setdefault(".".join(parts), []).append(detail)
+    for key, details in found.items():
+        yield key, details[0], " or ".join(dict.fromkeys(map(_expected, details)))
+
+
 def _expected(detail: ErrorDetails) -> str:
     words = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    words = words.replace("greater than or equal to", "at least")
+    words = words.replace("less than or equal to", "at most")
     return _TOML_WORDS.get(words, words)
 
 

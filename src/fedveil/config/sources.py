@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedveil.config.file import Config
 from fedveil.data import encode_labels, load_data, partition
-from fedveil.errors import DataError
+from fedveil.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
     import datasets
@@ -46,12 +46,11 @@ def load_rows(config: Config) -> Rows:
     Raises:
         FedveilError: Some cannot be found or used; the error says whose they are.
     """
+    if config.partner is not None:
+        return _rows_of_partner(config)
     data, seed = config.data, config.federation.seed
     parts: dict[str, datasets.Dataset]
     files = dict(config.clients)
-    if config.partner is not None:
-        assert data.train is not None
-        files = {config.partner.name: data.train}
     if config.partners is not None:
         parts = {}
     elif config.partition is not None:
@@ -83,6 +82,39 @@ def load_rows(config: Config) -> Rows:
     else:
         clients = _divide(config, encoded[_TRAIN])
     return Rows(clients, lent[_TEST], lent[_OWNER], lent[_TUNED], names)
+
+
+def _rows_of_partner(config: Config) -> Rows:
+    """A client's own rows, of one file on its machine: whoever wrote the rest of the file for it
+    has nothing else loaded there.
+
+    Raises:
+        FedveilError: It names no such file, or other sources.
+    """
+    assert config.partner is not None
+    data, who = config.data, f"client {config.partner.name}"
+    others = ("test", "owner", "tuned", "train_split", "variant", "revision")
+    if odd := [key for key in others if getattr(data, key) is not None]:
+        raise ConfigurationError(
+            "A client loads its own rows, and nothing else",
+            expected="`train` alone",
+            found=", ".join(odd),
+            where=f"{config.path.name}: [data]",
+            fix="Take them out: they are the owner's.",
+        )
+    path = config.resolve(data.train or "")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ConfigurationError(
+            "A client's rows are in a file on its machine",
+            expected=f"a file that ends in {', '.join(_SUFFIXES)}",
+            found=repr(data.train),
+            where=f"{config.path.name}: [data] train",
+        )
+    rows = _draw(load_data(path), data.train_limit, config.federation.seed)
+    names = data.labels or []
+    if data.has_classes:
+        rows = _encode(rows, who, data.label, names)
+    return Rows({config.partner.name: rows}, None, None, None, list(names))
 
 
 def load_test(config: Config) -> datasets.Dataset | None:

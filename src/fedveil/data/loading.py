@@ -79,6 +79,15 @@ def _from_file(path: Path) -> datasets.Dataset:
 
 
 def _from_hub(name: str, split: str, config: str | None, revision: str | None) -> datasets.Dataset:
+    if "/" not in name:
+        # To the library such a name may be one of its own readers ("pandas", "arrow"), which takes
+        # whatever lies in the current folder, and unpickles it.
+        raise DataError(
+            "This is neither a file nor the name of a hub data set",
+            expected='a file with a suffix, or "owner/name"',
+            found=repr(name)[:80],
+            fix="Data sets of the hub have the name of their owner before their own.",
+        )
     try:
         return library("datasets").load_dataset(name, config, split=split, revision=revision)
     except RuntimeError as error:

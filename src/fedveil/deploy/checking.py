@@ -15,6 +15,7 @@ from fedveil.errors import ConfigurationError
 __all__ = ["Survey"]
 
 _ADDRESS = re.compile(r"FEDVEIL_SUPERLINK:-([\w.:\[\]-]+)\}")
+_PORT = re.compile(r"FEDVEIL_PORT:-([0-9]{1,5})\}")
 _NAME = re.compile(r"[\w][\w .@-]*")
 # What docker compose reads without being told, and what a shell, a service manager or Python would.
 _RUN = ("*compose*.y*ml", ".env", "*.sh", "*.service", "Dockerfile*")
@@ -95,10 +96,15 @@ class Survey:
         for name in self.programs:
             yield f"  {name}: as this fedveil writes it, word for word"
         for piece in self.files:
+            before = approvals.files.get(piece.path.name, piece.digest)
             state = "approved" if approvals.has(piece) else "NOT APPROVED"
+            if before != piece.digest:
+                state = "CHANGED since it was approved"
             what = "code" if piece.path.suffix == ".py" else "not as this fedveil writes it"
             yield f"  {_plain(piece.path)}: {what}, {len(piece.data)} bytes, {state}"
             yield f"    sha256 {piece.digest}"
+            if before != piece.digest:
+                yield f"    approved was sha256 {before}"
         for function in self.functions:
             state = "approved" if function in approvals.functions else "NOT APPROVED"
             yield f"  {function}: a function of an installed module, {state}"
@@ -122,10 +128,12 @@ def _scripts(folder: Path) -> Sequence[Path]:
 def _ours(name: str, scripts: dict[str, Piece]) -> set[str]:
     """Names of scripts that are as this fedveil writes them for a client of this name."""
     script = scripts.get("supernode.sh")
-    found = _ADDRESS.search(script.data.decode("utf-8", "replace")) if script else None
-    if found is None or not _NAME.fullmatch(name):
+    text = script.data.decode("utf-8", "replace") if script else ""
+    address, port = _ADDRESS.search(text), _PORT.search(text)
+    if address is None or port is None or not _NAME.fullmatch(name):
         return set()
-    own = {file: text.encode() for file, text in programs_of(name, found[1]).items()}
+    programs = programs_of(name, address[1], int(port[1]))
+    own = {file: text.encode() for file, text in programs.items()}
     return {file for file, piece in scripts.items() if own.get(file) == piece.data}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import itertools
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -35,6 +36,8 @@ _ARCHITECTURE, _TOKENIZER = "architecture", "tokenizer"
 _CONTAINERS = ("Dockerfile", "compose.yaml")
 PROGRAMS = ("supernode.sh", "supernode.service", *_CONTAINERS)
 """A client's files that are run, or say what is run."""
+_NODE_PORT = 9094
+"""Of a SuperNode, on the client's own machine."""
 _OF_THE_OWNERS_BASE = ("auto_mapping", "base_model_name_or_path", "revision")
 _DATA = ("task", "text", "text_pair", "image", "label", "labels", "max_length",
          "transform", "prompt", "completion", "messages", "label_smoothing")  # fmt: skip
@@ -113,12 +116,19 @@ def write_deployment(config: Config, address: Address, out: Path) -> list[Path]:
     certificate = write_certificates(owner / "tls", address.host)
     _write_owner(config, address, owner)
     folders = [owner]
-    for name in config.partners.names:
+    for name, port in zip(config.partners.names, _node_ports(address), strict=False):
         folders.append(out / name)
         write_node_key(out / name / "node.key", owner / "keys" / f"{name}.pub", name)
         write_public(out / name / "ca.crt", certificate)
-        _write_partner(config, address, model, name, out / name)
+        _write_partner(config, address, model, name, port, out / name)
     return folders
+
+
+def _node_ports(address: Address) -> Iterator[int]:
+    """One for each client: the same for all, but where all of them are on this machine."""
+    if not address.is_local:
+        return itertools.repeat(_NODE_PORT)
+    return (port for port in itertools.count(_NODE_PORT) if port != address.port)
 
 
 def _write_owner(config: Config, address: Address, owner: Path) -> None:
@@ -153,10 +163,15 @@ def _write_owner(config: Config, address: Address, owner: Path) -> None:
 
 
 def _write_partner(
-    config: Config, address: Address, model: nn.Module, name: str, folder: Path
+    config: Config, address: Address, model: nn.Module, name: str, port: int, folder: Path
 ) -> None:
-    words = {"name": name, "superlink": address.superlink, **_container_words(address)}
-    for file, text in programs_of(name, address.superlink).items():
+    words = {
+        "name": name,
+        "superlink": address.superlink,
+        "port": port,
+        **_container_words(address),
+    }
+    for file, text in programs_of(name, address.superlink, port).items():
         if file.endswith(".sh"):
             write_program(folder / file, text)
         elif not address.is_local or file not in _CONTAINERS:
@@ -178,14 +193,20 @@ def _modules(config: Config) -> set[Path]:
     return {config.path.parent / file for file in files if (config.path.parent / file).is_file()}
 
 
-def programs_of(name: str, superlink: str) -> dict[str, str]:
+def programs_of(name: str, superlink: str, port: int) -> dict[str, str]:
     """A client's files that are run, or say what is run, as this fedveil writes them.
 
     Args:
         name: What the owner calls the client.
         superlink: The "host:port" that its SuperNode connects to.
+        port: That its SuperNode opens on its own machine.
     """
-    words = {"name": name, "superlink": superlink, "version": version("fedveil")}
+    words = {
+        "name": name,
+        "superlink": superlink,
+        "port": port,
+        "version": version("fedveil"),
+    }
     return {file: _filled(f"partner/{file}", words) for file in PROGRAMS}
 
 

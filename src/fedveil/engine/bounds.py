@@ -105,7 +105,7 @@ class Bounds:
             }
             update = updates[client]
             scales = Scales(update, statistics) if update < 1 or statistics else WHOLE
-            cuts = tuple(self._cuts(claim, weights[client], scales, times[client]))
+            cuts = tuple(self._cuts(client, claim, weights[client], scales, times[client]))
             bounded[client] = Bounded(weights[client], scales, cuts)
         return bounded
 
@@ -137,19 +137,25 @@ class Bounds:
                 sizes.setdefault(name, []).append(size)
         return {name: _most(self.norm, found) for name, found in sizes.items()}
 
-    def _cuts(self, claim: Claim, weight: float, scales: Scales, times: float) -> Iterator[str]:
-        if weight < claim.examples:
-            yield f"its claim of {claim.examples} examples counts as {weight:.0f}"
+    def _cuts(
+        self, client: str, claim: Claim, weight: float, scales: Scales, times: float
+    ) -> Iterator[str]:
+        declared = (self.examples or {}).get(client)
+        if weight != float(claim.examples):
+            why = "weight or max_examples"
+            if declared is not None:
+                why = "as the owner declares" if weight == declared else f"{why}, of {declared}"
+            yield f"its claim of {claim.examples} examples counts as {weight:.0f} ({why})"
         if scales.update < 1:
             yield (
-                f"its update, {times:.3g} times the round's median, was scaled down to "
-                f"{times * scales.update:.3g} times"
+                f"its update is scaled from {times:.3g} to {times * scales.update:.3g} times the "
+                "median length (norm, and pull: weight times length)"
             )
         if scales.statistics and self.norm is not None:
             worst = self.norm / min(scales.statistics.values())
             yield (
-                f"{len(scales.statistics)} of its Grams, up to {worst:.3g} times the round's "
-                f"median, were scaled down to {self.norm:g} times"
+                f"{len(scales.statistics)} of its Grams are scaled from up to {worst:.3g} to "
+                f"{self.norm:g} times the median (norm)"
             )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fedveil.engine.records import RoundRecord
-from fedveil.errors import CheckpointError, FedveilError
+from fedveil.errors import CheckpointError, FedveilError, FedveilWarning
 from fedveil.schemes import ServerState
 from fedveil.shards import SHARD_BYTES, model_files, open_shards, whole_folder, write_shards
 
@@ -148,20 +148,24 @@ class CheckpointFolder:
         """
         if number is not None:
             return self._of_round(configuration, number)
-        damage: CheckpointError | None = None
+        damage: tuple[int, DamagedError] | None = None
         for path in reversed(self._finished()):
             try:
                 checkpoint = _read(path)
             except DamagedError as error:
-                damage = damage or error
+                damage = damage or (_number(path), error)
                 continue
             if damage is not None:
-                told = f"{damage} The run goes on after round {_number(path)}."
-                warnings.warn(told, stacklevel=2)
+                warnings.warn(
+                    f"The checkpoint of round {damage[0]} is damaged ({damage[1].found}). "
+                    f"Going on after round {_number(path)}.",
+                    FedveilWarning,
+                    stacklevel=2,
+                )
             _check_same(checkpoint.configuration, configuration, path)
             return checkpoint
         if damage is not None:
-            raise damage
+            raise damage[1]
         return None
 
     def _of_round(self, configuration: Mapping[str, Any], number: int) -> Checkpoint:
@@ -172,7 +176,8 @@ class CheckpointFolder:
                 expected=" or ".join(map(str, self.rounds())) or "a finished round",
                 found=str(number),
                 where=str(self._folder),
-                fix="Of the last rounds only are there checkpoints.",
+                fix=f"Checkpoints of the last {self._keep} rounds are kept (`checkpoints` in "
+                "[federation]).",
             )
         checkpoint = _read(path)
         _check_same(checkpoint.configuration, configuration, path, free=CHANGEABLE)
@@ -243,10 +248,13 @@ def _check_same(
     wanted = json.loads(json.dumps(configuration))
     for key in sorted((set(found) | set(wanted)) - set(free)):
         if found.get(key) != wanted.get(key):
+            fix = "Resume with the configuration it was begun with, or use another folder"
+            if key in CHANGEABLE:
+                fix += ", or go back with --from-round N, from where clients and bounds may differ"
             raise CheckpointError(
                 f"The checkpoint belongs to another configuration: {key!r} differs",
                 expected=str(wanted.get(key)),
                 found=str(found.get(key)),
                 where=str(path),
-                fix="Resume with the configuration it was begun with, or use another folder.",
+                fix=f"{fix}.",
             )

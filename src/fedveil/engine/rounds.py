@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fedveil.audit import Exposure, Manifest
-from fedveil.engine.bounds import Bounds, Claim
+from fedveil.engine.bounds import Bounded, Bounds, Claim
 from fedveil.engine.checkpoint import KEPT, Checkpoint, CheckpointFolder
 from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, order_of, seed_of, threads
 from fedveil.engine.ledger import open_ledger
@@ -48,8 +48,9 @@ CrewFactory = Callable[[ClientFiles | None], AbstractContextManager[Crew]]
 # Always the same, since the last bits of a loss depend on it.
 MEASURING_THREADS = 2
 
-_TRIES = 8
-"""So many clients are left out, one after the other, of a round of which no model comes."""
+_TRIES = 32
+"""So many clients are left out, one after the other, of a round of which no model comes: those with
+the largest updates."""
 _GLANCE = 32
 """Rows on which the global model is looked at in rounds in which it is not measured."""
 
@@ -229,9 +230,10 @@ class Rounds:
             with threads(1):
                 jobs = self._jobs(record, order, rounds, clients)
                 claims, measured = self._collect(record, clients.answers(jobs), spool)
-                self._use(record, claims, spool)
+                bounded = self.bounds.apply(claims)
+                self._use(record, bounded, spool)
             verdict = Verdict(records, self.reached_by_base, claims)
-            self._close(record, rounds, verdict, begun, claims, spool)
+            self._close(record, rounds, verdict, begun, bounded, spool)
         if self._exposure is not None:
             record.exposed = {name: self._exposure.share([name]) for name in record.bytes_down}
             record.exposed_together = self._exposure.share(self._exposure.clients)
@@ -267,12 +269,11 @@ class Rounds:
             raise failures[0]
         return claims, measured
 
-    def _use(self, record: RoundRecord, claims: Mapping[str, Claim], spool: Spool) -> None:
-        """Add up the replies of those who claim something, each as far as it may count."""
-        bounded = self.bounds.apply(claims)
+    def _use(self, record: RoundRecord, bounded: Mapping[str, Bounded], spool: Spool) -> None:
+        """Add up the replies of some clients, each as far as it may count."""
         record.bounded = {}
         for client, data in spool.replies():
-            if client not in claims:
+            if client not in bounded:
                 continue
             mine = bounded[client]
             reply = Message.from_bytes(data, limits=self._awaited[client])
@@ -286,38 +287,63 @@ class Rounds:
         rounds: int,
         verdict: Verdict,
         begun: ServerState,
-        claims: Mapping[str, Claim],
+        bounded: Mapping[str, Bounded],
         spool: Spool,
     ) -> None:
-        """Apply what clients taught. If no model comes of it, find the one whose fault that is.
+        """Apply what clients taught. If no model comes of it, do so without one of them.
 
         Args:
             record: Of the round.
             rounds: In all.
             verdict: What makes a model.
             begun: The server's state before the round.
-            claims: What the clients of the round ask for.
-            spool: Their replies.
+            bounded: What each reply is given. That stays as it is when a client is left out, so
+                that whoever stays gains nothing by it.
+            spool: The replies.
         """
         added = self.server.state()
         tensors = {name: tensor.clone() for name, tensor in added.tensors.items()}
         failure = self._apply(record, rounds, verdict, tensors)
-        for suspect in verdict.suspects[:_TRIES] if failure and len(claims) > 1 else ():
-            rest = {client: claim for client, claim in claims.items() if client != suspect}
-            self._begin_anew(record, replace(begun, tensors=tensors))
-            self._use(record, rest, spool)
-            if self._apply(record, rounds, verdict, tensors) is None:
-                self._leave_out(record, suspect, str(failure))
-                failure = None
-                break
+        if failure is not None:
+
+            def without(client: str) -> TrainingError | None:
+                rest = {name: given for name, given in bounded.items() if name != client}
+                self._begin_anew(record, replace(begun, tensors=tensors))
+                self._use(record, rest, spool)
+                return self._apply(record, rounds, verdict, tensors)
+
+            culprit = self._find_culprit(record, verdict, without)
+            if culprit is not None:
+                without(culprit)
+                self._leave_out(record, culprit, str(failure))
+            else:
+                self.server.restore(replace(added, tensors=tensors))
+                self._give_up(record, rounds, len(bounded), str(failure))
         for client, cuts in record.bounded.items():
             self.observer.client_bounded(record.round, client, cuts)
-        if failure is not None:
-            self.server.restore(replace(added, tensors=tensors))
-            record.rejected = str(failure)
-            record.metrics = {"clients": len(claims)}
-            record.measures = self._measure(record.round, rounds)
-            self.observer.round_rejected(record.round, record.rejected)
+
+    def _find_culprit(
+        self,
+        record: RoundRecord,
+        verdict: Verdict,
+        without: Callable[[str], TrainingError | None],
+    ) -> str | None:
+        """The client without whose reply the round gives the best model; None if none helps."""
+        if len(verdict.suspects) < 2:
+            return None
+        reached: dict[str, float] = {}
+        for suspect in verdict.suspects[:_TRIES]:
+            if without(suspect) is None:
+                loss = self._loss(record)
+                reached[suspect] = 0.0 if loss is None else loss
+        return min(reached, key=reached.__getitem__, default=None)
+
+    def _give_up(self, record: RoundRecord, rounds: int, clients: int, reason: str) -> None:
+        """Write down that nothing of a round is applied."""
+        record.rejected, record.bounded = reason, {}
+        record.metrics = {"clients": clients}
+        record.measures = self._measure(record.round, rounds)
+        self.observer.round_rejected(record.round, record.rejected)
 
     def _apply(
         self, record: RoundRecord, rounds: int, verdict: Verdict, before: StateDict

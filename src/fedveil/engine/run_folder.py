@@ -73,7 +73,7 @@ class RunFolder:
     between rounds. A name that is taken by something else is an error before anything happens; an
     empty folder of that name is not in the way.
 
-    One run at a time holds a folder: on one machine the lock is the system's, which takes it back
+    One run or audit at a time holds a folder: on one machine the lock is the system's, which takes it back
     from a process that dies, however it dies. Over NFS it holds between machines where the server
     grants locks. Where the file system has none at all there is a warning, and the exposure ledger
     alone tells that another run writes to it.
@@ -98,17 +98,20 @@ class RunFolder:
         return self._home / _CLIENTS
 
     @contextmanager
-    def held(self) -> Iterator[RunFolder]:
+    def held(self, work: str = "run") -> Iterator[RunFolder]:
         """Keep others out until the context ends; whoever holds it may hold it once more.
 
+        Args:
+            work: What is done meanwhile: a "run", or an "audit" of one; told to who is kept out.
+
         Raises:
-            CheckpointError: Another run holds it, or it cannot be made.
+            CheckpointError: Somebody else holds it, or it cannot be made.
         """
         key = self.path.resolve()
         if key in _HELD.get():
             yield self
             return
-        lock = self._lock()
+        lock = self._lock(work)
         _HELD.set(_HELD.get() | {key})
         try:
             yield self
@@ -185,7 +188,21 @@ class RunFolder:
         if _BEGUN not in self._written():
             self._note(_BEGUN)
 
-    def _lock(self) -> BaseFileLock | None:
+    def run_is_at_work(self) -> bool:
+        """Whether a run in another process holds the folder now; False where that is unknown."""
+        if self.path.resolve() in _HELD.get() or not (self._home / _LOCK).is_file():
+            return False
+        lock = FileLock(self._home / _LOCK, mode=PRIVATE_FILE, thread_local=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return self._holder().get("work") != "audit"
+        except (OSError, NotImplementedError):  # no right to, or a file system without locks
+            return False
+        lock.release()
+        return False
+
+    def _lock(self, work: str) -> BaseFileLock | None:
         if self._home.exists() and not self._is_home():
             raise self._in_the_way([_HOME])
         with self._explained("cannot be used", self.path):
@@ -205,7 +222,9 @@ class RunFolder:
             )
             return None
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": now}
+        holder = {
+            "process": os.getpid(), "host": socket.gethostname(), "since": now, "work": work,
+        }  # fmt: skip
         write_whole(self._home / _HOLDER, json.dumps(holder), CheckpointError, synced=False)
         return lock
 
@@ -229,16 +248,23 @@ class RunFolder:
         return {p.name.removesuffix(".unfinished") for p in self._home.iterdir()} <= unmarked
 
     def _busy(self) -> CheckpointError:
-        found = "another process"
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            told = json.loads((self._home / _HOLDER).read_text(encoding="utf-8"))
+        told, found = self._holder(), "another process"
+        with suppress(KeyError):
             found = f"process {told['process']} on {told['host']}, since {told['since']}"
+        what = "An audit" if told.get("work") == "audit" else "A run"
         return CheckpointError(
-            "Another run is at work in this folder",
+            f"{what} is at work in this folder",
             found=found,
             where=str(self.path),
-            fix="Wait until it is done, or use another folder. A run that has died holds nothing.",
+            fix="Wait until it is done, or use another folder. What has died holds nothing.",
         )
+
+    def _holder(self) -> dict[str, Any]:
+        """What who holds the folder says of itself; empty if nothing can be read."""
+        with suppress(OSError, ValueError):
+            told = json.loads((self._home / _HOLDER).read_text(encoding="utf-8"))
+            return told if isinstance(told, dict) else {}
+        return {}
 
     def _is_marked(self) -> bool:
         marker = self._home / _MARKER

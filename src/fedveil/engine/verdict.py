@@ -74,8 +74,8 @@ class Verdict:
             "What clients sent makes no model of the global model, so none of it was applied",
             found=found,
             where=where,
-            fix=f"The largest update is {largest}'s, {times[largest]:.3g} times the round's "
-            "median. Look at its data; tighter bounds leave less room.",
+            fix=f"It cannot be told whose fault that is; the largest update is {largest}'s, "
+            f"{times[largest]:.3g} times the round's median. Tighter bounds leave less room.",
         )
 
 

@@ -17,7 +17,10 @@ from flwr.clientapp import ClientApp
 from fedveil.errors import FedveilError, ProtocolError
 from fedveil.flower.bundle import check_bundle
 from fedveil.flower.client import Partner, client_app
+from fedveil.flower.payload import unpack
 from fedveil.flower.runtime import Assignment, LostError, failed, refused
+from fedveil.schemes.client import examples_of
+from fedveil.wire import Message as Update
 
 __all__ = ["Source", "StopServing", "serve"]
 
@@ -68,7 +71,7 @@ def serve(partner: Partner, source: Source) -> None:
             waiting = min(2 * waiting, _LONGEST)
             continue
         if lost:
-            _LOG.warning("The SuperNode is there")
+            _LOG.info("The SuperNode is there")
         waiting, lost = _POLL, False
         if found is None:
             pause.wait(_POLL)
@@ -82,12 +85,26 @@ def _attend(app: ClientApp, found: Assignment) -> None:
         try:
             message, context, bundle = found.open()
             try:
-                found.answer(_reply(app, found, message, context, bundle))
+                reply = _reply(app, found, message, context, bundle)
+                trained = _trained(reply)
+                found.answer(reply)
+                if trained:
+                    _LOG.info("%s, update sent", trained)
             except StopServing:
                 found.answer(failed(message, "stopped"), _LAST)
                 raise
         except LostError as problem:
             _LOG.warning("Run %d: a reply is lost: %s", found.run, problem)
+
+
+def _trained(reply: Message) -> str:
+    """What a reply's update says of the training behind it; empty if it holds none."""
+    with suppress(FedveilError):
+        data = unpack(reply.content)[0] if reply.has_content() else None
+        if data is not None:
+            update = Update.from_bytes(data)
+            return f"round {update.round}: trained on {examples_of(update)} examples"
+    return ""
 
 
 def _reply(

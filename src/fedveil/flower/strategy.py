@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,9 @@ class ModelPrivacy(Strategy):
         out: Where to write ``run.json`` and ``exposure.jsonl``, the record of everything released;
             one that is there is continued. None writes nothing.
         bounds: How much one client may weigh and change in a round; unless told, as
-            :class:`~fedveil.Bounds` says. What was cut is logged.
+            :class:`~fedveil.Bounds` says. What was cut is logged. Of the numbers that clients add
+            none counts for more than ``bounds.weight`` times the median's size; a strategy that
+            cannot take one below zero must look for itself.
         limits: How much one reply may be; unless told, what an honest one can be at most.
         seed: Gives other draws to clients' training under the same secret.
 
@@ -163,20 +167,23 @@ class ModelPrivacy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the inner strategy makes of the replies that can be used."""
-        start, whole, claims = self._global(), list[tuple[Message, Wire]](), dict[str, Claim]()
+        start, usable = self._global(), dict[str, _Reply]()
         for message in replies:
-            read = self._read(message)
-            if read is not None and read[0] not in claims:
-                claims[read[0]] = read[2]
-                whole.append((message, read[1]))
-        bounded = self._bounds.apply(claims)
-        for message, reply in whole:
-            self._make_whole(message, reply, claims[reply.client], bounded[reply.client], start)
-        messages = [message for message, _ in whole]
-        _keep_common_metrics([message.content.metric_records[_METRICS] for message in messages])
+            reply = self._read(message)
+            if reply is not None:
+                usable.setdefault(reply.client, reply)
+        usable = _like_most(usable, self._bounds.weight)
+        bounded = self._bounds.apply({client: reply.claim for client, reply in usable.items()})
+        for client, reply in usable.items():
+            self._make_whole(reply, bounded[client], start)
+        messages = [reply.message for reply in usable.values()]
         arrays, metrics = self._inner.aggregate_train(server_round, messages)
         if arrays is not None:
-            self._replies.decide(start, arrays.to_torch_state_dict())
+            end = arrays.to_torch_state_dict()
+            if all(bool(torch.isfinite(end[name]).all()) for name in start):
+                self._replies.decide(start, end)
+            else:
+                _LOG.error("Round %d is not applied: no finite model came of it", server_round)
         self._server.end_round()
         return (None if arrays is None else self._arrays()), metrics
 
@@ -233,8 +240,8 @@ class ModelPrivacy(Strategy):
             ttl=message.metadata.ttl,
         )
 
-    def _read(self, message: Message) -> tuple[str, Wire, Claim] | None:
-        """Whose reply a message is, checked, and what it asks for; None if it cannot be used."""
+    def _read(self, message: Message) -> _Reply | None:
+        """A node's reply, checked; None if it cannot be used."""
         node = message.metadata.src_node_id
         client = self._asked.get(node)
         if client is None or message.has_error():
@@ -251,24 +258,27 @@ class ModelPrivacy(Strategy):
         except FedveilError as error:
             _LOG.warning("%s's answer cannot be used: %s", client, error)
             return None
-        return client, reply, claim
-
-    def _make_whole(
-        self, message: Message, reply: Wire, claim: Claim, bounded: Bounded, start: StateDict
-    ) -> None:
-        """Let a reply be as the inner strategy expects it, as far as it may count."""
-        for cut in bounded.cuts:
-            _LOG.warning("%s counts for less: %s", reply.client, cut)
-        self._server.absorb(reply.client, reply, bounded.weight, bounded.scales)
-        update = self._replies.latest
-        whole = {name: t + update[name] if name in update else t for name, t in start.items()}
         told = _metrics_of(message) or {
             name: value for name, value in reply.scalars.items() if type(value) is float
         }
+        told.pop(self._weighted_by, None)
+        return _Reply(message, reply, claim, told)
+
+    def _make_whole(self, reply: _Reply, bounded: Bounded, start: StateDict) -> None:
+        """Let a reply be as the inner strategy expects it, as far as it may count."""
+        for cut in bounded.cuts:
+            _LOG.warning("%s counts for less: %s", reply.client, cut)
+        self._server.absorb(reply.client, reply.wire, bounded.weight, bounded.scales)
+        update = self._replies.latest
+        whole = {name: t + update[name] if name in update else t for name, t in start.items()}
         # Strategies weigh by this number; a claim that was not cut stays a whole one.
-        counted = min(claim.examples, max(1, int(bounded.weight)))
-        metrics = MetricRecord({**told, self._weighted_by: counted})
-        message.content = RecordDict({_ARRAYS: ArrayRecord(_numbers(whole)), _METRICS: metrics})
+        counted = max(1, int(bounded.weight))
+        if bounded.weight == float(reply.claim.examples):
+            counted = reply.claim.examples
+        metrics = MetricRecord({**reply.told, self._weighted_by: counted})
+        reply.message.content = RecordDict(
+            {_ARRAYS: ArrayRecord(_numbers(whole)), _METRICS: metrics}
+        )
 
     def _take(self, arrays: ArrayRecord) -> None:
         """Let the global model be these arrays."""
@@ -418,9 +428,51 @@ def _metrics_of(message: Message) -> dict[str, int | float]:
     }
 
 
-def _keep_common_metrics(metrics: list[MetricRecord]) -> None:
-    """Drop metrics that not all replies have: a strategy would refuse the whole round."""
-    common = set.intersection(*(set(record) for record in metrics)) if metrics else set()
-    for record in metrics:
-        for name in set(record) - common:
-            del record[name]
+@dataclass(frozen=True)
+class _Reply:
+    """A reply that can be used, and the numbers that its client adds."""
+
+    message: Message
+    wire: Wire
+    claim: Claim
+    told: dict[str, int | float]
+
+    @property
+    def client(self) -> str:
+        return self.wire.client
+
+    def tells(self, name: str) -> int | float | None:
+        """A number that the client adds, in its metrics or in its message; None if it does not."""
+        value = self.told.get(name, self.wire.scalars.get(name))
+        return value if type(value) in (int, float) else None  # type: ignore[return-value]
+
+
+def _like_most(replies: Mapping[str, _Reply], most: float | None) -> dict[str, _Reply]:
+    """Replies with the numbers that most clients add, none of them far from the others'.
+
+    Strategies may weigh by such a number, and refuse a whole round if one reply lacks it. One that
+    few add is left out; a reply without one that most add, or with one that is none, is not used.
+
+    Args:
+        replies: By client.
+        most: A number counts for at most so many times the median size of all; None for any.
+    """
+    had = Counter(name for reply in replies.values() for name in reply.told)
+    usual = {name for name, count in had.items() if 2 * count > len(replies)}
+    kept = {}
+    for client, reply in replies.items():
+        told = {name: reply.tells(name) for name in usual}
+        if not all(value is not None and math.isfinite(value) for value in told.values()):
+            _LOG.warning("%s's answer cannot be used: its metrics are not the others'", client)
+        else:
+            kept[client] = replace(reply, told={n: v for n, v in told.items() if v is not None})
+    if most is None:
+        return kept
+    for name in usual:
+        sizes = sorted(abs(reply.told[name]) for reply in kept.values() if reply.told[name])
+        bound = most * sizes[(len(sizes) - 1) // 2] if sizes else math.inf
+        for client, reply in kept.items():
+            if abs(value := reply.told[name]) > bound:
+                _LOG.warning("%s's %s of %g counts as %g", client, name, value, bound)
+                reply.told[name] = math.copysign(bound, value)
+    return kept

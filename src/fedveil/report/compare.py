@@ -221,6 +221,8 @@ def _notes(runs: Sequence[RunFolder]) -> list[str]:
         notes.append(
             "The runs start from different bases, so whether they share a test set was not checked."
         )
+    if going := [run.name for run in runs if run.at_work]:
+        notes.append(f"Not finished, a run is at work: {', '.join(going)}.")
     if missing := [run.name for run in runs if run.audit is None]:
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         notes.append(f"Not audited, so nothing is known of what they leak: {few}.")

@@ -104,9 +104,11 @@ class ConsoleProgress(Observer):
         """See :class:`Observer`; said once."""
         if not self._said_size:
             self._said_size = True
-            each = human_bytes(nbytes)
-            rounds = "last round is" if kept == 1 else f"last {kept} rounds are"
-            self._say(f"checkpoints of the {rounds} kept, {each} each")
+            size = human_bytes(nbytes)
+            if kept == 1:
+                self._say(f"the checkpoint of the last round is kept, {size}")
+            else:
+                self._say(f"checkpoints of the last {kept} rounds are kept, {size} each")
 
     def round_finished(self, record: RoundRecord) -> None:
         """See :class:`Observer`."""
@@ -182,6 +184,8 @@ def _line(record: RoundRecord, rounds: int) -> str:
     if record.exposed and record.exposed_together is not None:
         most = human_percent(100 * max(record.exposed.values()), sign=True)
         together = human_percent(100 * record.exposed_together, sign=True)
-        parts.append(f"{most} of the model shown to one client so far, {together} to all")
+        parts.append(
+            f"at most {most} of the model shown to one client so far, {together} to all together"
+        )
     parts.append(human_seconds(record.seconds))
     return f"round {record.round}/{rounds}: " + ", ".join(parts)

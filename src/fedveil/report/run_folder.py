@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedveil.audit import Audit, ClientExposure, Exposure, Manifest
 from fedveil.engine import RoundRecord
 from fedveil.engine.ledger import check_ledger
+from fedveil.engine.run_folder import RunFolder as OwnedFolder
 from fedveil.errors import AuditError, CheckpointError
 from fedveil.schemes import scheme_class, scheme_names
 from fedveil.training.metrics import Metric, metric_in, metric_named
@@ -37,6 +38,7 @@ class RunFolder:
         records: Its finished rounds.
         audit: What its audit found; None if it was never audited.
         figures: What ``summary.json`` says of it; empty if there is none.
+        at_work: Whether it was going on when it was read, so that nothing of it is final.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class RunFolder:
     records: tuple[RoundRecord, ...]
     audit: Audit | None
     figures: Mapping[str, Any]
+    at_work: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> RunFolder:
@@ -53,11 +56,12 @@ class RunFolder:
             CheckpointError: It is not the folder of a run, or one of its files is damaged.
             AuditError: Its audit is damaged or of another version.
         """
+        at_work = OwnedFolder(folder).run_is_at_work()
         manifest = _read_manifest(folder)
         scheme = _mapping(manifest.configuration.get("scheme"))
         records = _read_records(folder / "metrics.jsonl")
         figures = _read_figures(folder / "summary.json", str(scheme.get("name")), len(records))
-        return cls(folder, manifest, records, _read_audit(folder), figures)
+        return cls(folder, manifest, records, _read_audit(folder), figures, at_work)
 
     @property
     def name(self) -> str:

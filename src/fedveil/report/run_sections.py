@@ -184,7 +184,7 @@ def _key_figures(run: RunFolder) -> Iterator[tuple[str, str]]:
     exposure = run.exposure
     if exposure:
         yield "Most shown to one client", _percent(max(one.share for one in exposure.values()))
-    yield "Rounds", str(run.rounds)
+    yield "Rounds", f"{run.rounds}, not finished" if run.at_work else str(run.rounds)
     down = [count for record in run.records for count in record.bytes_down.values()]
     if down:
         mean = sum(down) / len(down)

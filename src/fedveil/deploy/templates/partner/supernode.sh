@@ -14,7 +14,7 @@ unset PYTHONPATH PYTHONSTARTUP PYTHONHOME
 export PYTHONSAFEPATH=1
 # Where `pip install 'fedveil[flower,hf]'` put its programs, if that is not on the path:
 # export PATH="/opt/fedveil/bin:$PATH"
-port="${FEDVEIL_PORT:-9094}" retry="${FEDVEIL_RETRY:-30}" link="$FLWR_HOME/link"
+port="${FEDVEIL_PORT:-{{port}}}" retry="${FEDVEIL_RETRY:-30}" link="$FLWR_HOME/link"
 mkdir -p "$FLWR_HOME"
 
 program= node= nap=
