@@ -77,3 +77,33 @@ def test_weights_that_the_function_has_are_not_given_away(code, folder):
         deployment(folder, code)
     assert "4,867 of 4,867" in str(caught.value) or "5,123 of 5,123" in str(caught.value)
     assert not (folder / "deployment").exists()
+
+
+def test_nothing_that_clients_are_to_hold_is_drawn(tmp_path):
+    """A pooler that the folder lacks would be another one at each client."""
+    import transformers
+
+    from fedveil.data import minilm_folder
+
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 64, "max_position_embeddings": 64,
+    }  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
+    config = transformers.BertConfig(vocab_size=len(tokenizer), num_labels=2, **sizes)
+    (tmp_path / "test.csv").write_text("text,label\na,x\nb,y\n")
+    for name, kind in (
+        ("lacking", transformers.BertForMaskedLM),
+        ("whole", transformers.BertForSequenceClassification),
+    ):
+        kind(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / f"{name}.toml").write_text(
+            f'[model]\nname = "{name}"\n[model.lora]\nr = 2\ntarget_modules = ["query"]\n'
+            '[data]\ntask = "text-classification"\ntest = "test.csv"\nlabels = ["x", "y"]\nmax_length = 32\n'
+            f'[scheme]\nname = "fedlpp"\n[partners]\nnames = ["a"]\nkeys = "d-{name}/owner/keys"\n'
+        )
+    with pytest.raises(ConfigurationError, match=r"begins at random.*pooler"):
+        write_deployment(load_config(tmp_path / "lacking.toml"), ADDRESS, tmp_path / "d-lacking")
+    whole = write_deployment(load_config(tmp_path / "whole.toml"), ADDRESS, tmp_path / "d-whole")
+    assert len(whole) == 2

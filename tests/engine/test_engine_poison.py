@@ -28,7 +28,6 @@ from fedveil.engine.checkpoint import CheckpointFolder
 from fedveil.engine.crew import Answer
 from fedveil.engine.in_process import InTurn
 from fedveil.errors import FedveilWarning
-from fedveil.errors import FedveilWarning
 from fedveil.schemes.fedavg import FedAvgServer
 from fedveil.training import Trainer
 from fedveil.wire import Dense, Message

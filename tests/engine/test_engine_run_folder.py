@@ -424,3 +424,16 @@ class TestModes:
             os.umask(before)
         assert (tmp_path / "memory" / "a" / "round-000001.safetensors").is_file()
         assert open_to_others(tmp_path) == []
+
+
+def test_a_ledger_that_went_with_everything_but_the_figures_is_missed(tmp_path):
+    from toys import federation, mlp
+
+    federation(mlp(), out=tmp_path).run(1)
+    for name in ("exposure.jsonl", "exposure.head"):
+        (tmp_path / name).unlink()
+    for name in ("checkpoints", ".fedveil"):
+        shutil.rmtree(tmp_path / name)
+    for resume in (True, False):
+        with pytest.raises(CheckpointError):
+            federation(mlp(), out=tmp_path).run(1, resume=resume)

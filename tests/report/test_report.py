@@ -55,8 +55,8 @@ def render(thing, width, **words):
 @pytest.mark.parametrize(
     ("kept", "line"),
     [
-        (1, "the checkpoint of the last round is kept, 2.00 KB\n"),
-        (3, "checkpoints of the last 3 rounds are kept, 2.00 KB each\n"),
+        (1, "the checkpoint of the last round is kept, 2.00 kB\n"),
+        (3, "checkpoints of the last 3 rounds are kept, 2.00 kB each\n"),
     ],
 )
 def test_what_checkpoints_take_is_said_once(kept, line):

@@ -1,4 +1,4 @@
-"""Whether a function that makes the owner's model may be given to clients."""
+"""Whether clients get what they should of a model that is drawn, or made by a function."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ __all__ = ["check_function"]
 
 
 def check_function(config: Config, model: nn.Module) -> None:
-    """Try a function under another secret: clients must not find the owner's weights in it.
+    """Make the model under another secret, too, and see what of it is the same.
 
-    Where clients are sent proxies of a model that a function makes, they have the function. What it
-    makes of itself, whoever calls it, they have before the first message.
+    Where clients are sent proxies of a model that a function makes, they have the function: what it
+    makes of itself, whoever calls it, they have before the first message. Where clients hold what
+    is not sent, nothing of that may be drawn: they would hold something else.
 
     Args:
         config: The owner's.
@@ -32,13 +33,14 @@ def check_function(config: Config, model: nn.Module) -> None:
         ConfigurationError: Most weights follow from the function; or clients are to hold what it
             draws, which comes out as something else on every machine.
     """
-    if config.model.public is not None or not is_function(config.model.name):
+    holds, made = config.scheme.clients_hold_rest, is_function(config.model.name)
+    if config.model.public is not None or not (holds or made):
         return
     labels = config.data.labels or []
     with KeyedDraws(Secret.generate(), "another model"):
         again = load_model(config.model, config.data.task, labels, config.path.parent, seed=0)
     mine, other = read_state(model), read_state(again)
-    if config.scheme.clients_hold_rest:
+    if holds:
         _check_held(mine, other, config.scheme.tensors(model), config)
         return
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -62,11 +64,12 @@ def _check_held(
     for name, tensor in mine.items():
         if name not in sent and not torch.equal(tensor, other[name]):
             raise ConfigurationError(
-                "Clients are to hold what the function draws, which is another thing for each",
-                expected="a backbone that everybody has, under the name of a folder or on a hub",
-                found=f"{config.model.name}, which draws {name}",
+                "Clients are to hold what begins at random, which is another thing for each",
+                expected="a backbone whose weights all come with it",
+                found=f"{config.model.name}, of which {name} is drawn",
                 where=f"{config.path.name}: [model]",
-                fix="Take a scheme that sends the backbone, such as fedqsn.",
+                fix="Save the model with all its weights, and hand that out; or take a scheme that "
+                "sends the backbone, such as fedqsn.",
             )
 
 

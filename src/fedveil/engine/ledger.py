@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,8 +32,10 @@ def open_ledger(manifest: Manifest, folder: RunFolder, records: Iterable[RoundRe
     """
     if lost := folder.lost_ledger():
         raise _listed_too_little(folder.path, "the ledger that the run has begun", lost[0])
-    exposure = Exposure(manifest, folder.path)
+    exposure, records = Exposure(manifest, folder.path), list(records)
     check_ledger(exposure, records, folder.path)
+    if not records and not exposure.clients and (shown := _shown_before(folder.path)):
+        raise _listed_too_little(folder.path, f"the releases of round {shown}", "no ledger")
     for name in ("exposure.head", "exposure.jsonl"):
         folder.claim(name)
     exposure.begin()
@@ -64,6 +67,21 @@ def check_ledger(exposure: Exposure, records: Iterable[RoundRecord], folder: Pat
                     f"{share:.1%} of the model for {client}",
                     f"{exposure.share([client]):.1%}",
                 )
+
+
+def _shown_before(folder: Path) -> int | None:
+    """A round of which metrics.jsonl says that something was shown; None if there is none."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+            if values["exposed"]:
+                return int(values["round"])
+        except (KeyError, TypeError, ValueError):
+            continue  # nobody's record
+    return None
 
 
 def _released(records: Iterable[RoundRecord], folder: Path) -> Iterator[tuple[int, str]]:

@@ -73,9 +73,9 @@ class RunFolder:
     between rounds. A name that is taken by something else is an error before anything happens; an
     empty folder of that name is not in the way.
 
-    One run or audit at a time holds a folder: on one machine the lock is the system's, which takes it back
-    from a process that dies, however it dies. Over NFS it holds between machines where the server
-    grants locks. Where the file system has none at all there is a warning, and the exposure ledger
+    One run or audit at a time holds a folder: on one machine the lock is the system's, which takes
+    it back from a process that dies, however it dies. Over NFS it holds between machines where the
+    server grants locks. Where the file system has none at all there is a warning, and the exposure ledger
     alone tells that another run writes to it.
 
     Folders that earlier versions made have no marker. What is in them is taken for fedveil's if
