@@ -100,7 +100,8 @@ def test_nothing_that_clients_are_to_hold_is_drawn(tmp_path):
         tokenizer.save_pretrained(tmp_path / name)
         (tmp_path / f"{name}.toml").write_text(
             f'[model]\nname = "{name}"\n[model.lora]\nr = 2\ntarget_modules = ["query"]\n'
-            '[data]\ntask = "text-classification"\ntest = "test.csv"\nlabels = ["x", "y"]\nmax_length = 32\n'
+            '[data]\ntask = "text-classification"\ntest = "test.csv"\nlabels = ["x", "y"]\n'
+            "max_length = 32\n"
             f'[scheme]\nname = "fedlpp"\n[partners]\nnames = ["a"]\nkeys = "d-{name}/owner/keys"\n'
         )
     with pytest.raises(ConfigurationError, match=r"begins at random.*pooler"):

@@ -1,6 +1,7 @@
 """A deployment at work: a SuperLink, three SuperNodes, TLS and keys, in processes of their own."""
 
 import dataclasses
+import re
 import subprocess
 from pathlib import Path
 
@@ -163,6 +164,9 @@ def test_a_federation_survives_what_happens_to_its_programs(machines):
     assert set(two["bytes_up"]) == set(NAMES)
     assert set(three["failed"]) == {"clinic-2"}, machines.told()
     assert "your tuned model" in machines.log_of(again)
+    assert re.search(
+        r"INFO: round 3: trained on \d+ examples, update sent", machines.log_of(nodes[0])
+    )
 
     # The same, on one machine, without the updates that were lost.
     local = build(load_config(folder / "local.toml"))

@@ -75,8 +75,8 @@ class RunFolder:
 
     One run or audit at a time holds a folder: on one machine the lock is the system's, which takes
     it back from a process that dies, however it dies. Over NFS it holds between machines where the
-    server grants locks. Where the file system has none at all there is a warning, and the exposure ledger
-    alone tells that another run writes to it.
+    server grants locks. Where the file system has none at all there is a warning, and only the
+    exposure ledger tells that another run writes to it.
 
     Folders that earlier versions made have no marker. What is in them is taken for fedveil's if
     ``run.json`` is one of its files, each thing by itself and only if it is what a run writes.
