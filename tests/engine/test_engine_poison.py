@@ -234,11 +234,10 @@ class TestAVarianceBelowZero:
     @pytest.mark.parametrize(
         "scheme", [FedAvg(), FedQSN(units="neurons")], ids=["fedavg", "fedqsn"]
     )
-    @pytest.mark.parametrize("value", [-5.0, -0.6])
-    def test_costs_its_sender_the_round(self, scheme, value):
+    def test_costs_its_sender_the_round(self, scheme):
         def lie(reply):
             sections = {
-                name: Dense(torch.full_like(section.tensor, value))
+                name: Dense(torch.full_like(section.tensor, -5.0))
                 if name.endswith("running_var")
                 else section
                 for name, section in reply.sections.items()
@@ -246,13 +245,12 @@ class TestAVarianceBelowZero:
             return replace(reply, sections=sections)
 
         model = toys.convnet()
-        run = federation(model, clients=CLIENTS, scheme=scheme)
-        result = run_with(run, {"c2": lie}, 2)
-        variances = [t for n, t in weights(model).items() if n.endswith("running_var")]
-        if value < -float(min(variance.min() for variance in variances)):
-            assert "variance" in result.rounds[0].failed["c2"]
+        largest = max(float(t.max()) for n, t in weights(model).items() if "running_var" in n)
+        assert largest < 5.0
+        result = run_with(federation(model, clients=CLIENTS, scheme=scheme), {"c2": lie}, 2)
+        assert "variance" in result.rounds[0].failed["c2"]
         after = weights(result.global_model)
-        assert all(bool((t >= 0).all()) for n, t in after.items() if n.endswith("running_var"))
+        assert all(bool((t >= 0).all()) for n, t in after.items() if "running_var" in n)
 
 
 @dataclass(frozen=True)

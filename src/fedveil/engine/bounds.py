@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fedveil.aggregation import WHOLE, Influence, Scales
 from fedveil.errors import ConfigurationError
 
-__all__ = ["Bounded", "Bounds", "Claim", "times_median"]
+__all__ = ["Bounded", "Bounds", "Claim", "lower_median", "times_median"]
 
 _SMALLEST = 1e-30
 
@@ -161,7 +161,7 @@ class Bounds:
 
 def times_median(claims: Mapping[str, Claim]) -> dict[str, float]:
     """How many times the round's median each client's update is."""
-    median = _lower_median([claim.influence.update for claim in claims.values()])
+    median = lower_median([claim.influence.update for claim in claims.values()])
     return {
         client: claim.influence.update / median if median else 0.0
         for client, claim in claims.items()
@@ -169,10 +169,10 @@ def times_median(claims: Mapping[str, Claim]) -> dict[str, float]:
 
 
 def _most(factor: float | None, sizes: Iterable[float]) -> float:
-    return math.inf if factor is None else factor * _lower_median(sizes)
+    return math.inf if factor is None else factor * lower_median(sizes)
 
 
-def _lower_median(sizes: Iterable[float]) -> float:
+def lower_median(sizes: Iterable[float]) -> float:
     """The median of those above zero, of an even number the lower; infinite of none."""
     some = sorted(size for size in sizes if size > 0)
     return some[(len(some) - 1) // 2] if some else math.inf

@@ -117,10 +117,9 @@ class Rounds:
             "proxies", what clients received alone.
         checkpoints: Of how many rounds checkpoints are kept.
         base: The owner's model before round 1.
+        reached_by_base: What it reached, once a run has begun and if it is measured.
         limits: How much a reply may be; None for what an honest one can be at most.
         beside: What the scheme asks for beside updates; see :meth:`fedveil.schemes.Scheme.beside`.
-
-    What it reached, once a run has begun and if it is measured, is ``reached_by_base``.
     """
 
     server: ServerSide
@@ -377,9 +376,7 @@ class Rounds:
 
     def _leave_out(self, record: RoundRecord, client: str, reason: str) -> None:
         """Write down that a round was closed without a client's reply."""
-        record.failed[client] = (
-            f"left out, as with its update no model comes of the round: {reason}"
-        )
+        record.failed[client] = f"left out, as the model is best without its update: {reason}"
         for kept in (record.bytes_up, record.examples, record.loss_first, record.loss_last):
             kept.pop(client, None)
         self.observer.client_left_out(record.round, client, record.failed[client])

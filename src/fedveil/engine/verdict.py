@@ -71,11 +71,11 @@ class Verdict:
     def _rejection(self, found: str, where: str = "") -> TrainingError:
         largest, times = self.suspects[0], times_median(self._claims)
         return TrainingError(
-            "What clients sent makes no model of the global model, so none of it was applied",
+            "No model comes of what clients sent",
             found=found,
             where=where,
-            fix=f"It cannot be told whose fault that is; the largest update is {largest}'s, "
-            f"{times[largest]:.3g} times the round's median. Tighter bounds leave less room.",
+            fix=f"The largest update is {largest}'s, {times[largest]:.3g} times the round's "
+            "median, which need not be the one whose fault it is.",
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fedveil.aggregation import WHOLE, Average, Observed, Replay, Scales
 from fedveil.audit import Exposure, Manifest
-from fedveil.engine.bounds import Bounded, Bounds, Claim
+from fedveil.engine.bounds import Bounded, Bounds, Claim, lower_median
 from fedveil.engine.crew import seed_of
 from fedveil.engine.ledger import open_ledger
 from fedveil.engine.patience import Patience
@@ -469,8 +469,7 @@ def _like_most(replies: Mapping[str, _Reply], most: float | None) -> dict[str, _
     if most is None:
         return kept
     for name in usual:
-        sizes = sorted(abs(reply.told[name]) for reply in kept.values() if reply.told[name])
-        bound = most * sizes[(len(sizes) - 1) // 2] if sizes else math.inf
+        bound = most * lower_median(abs(reply.told[name]) for reply in kept.values())
         for client, reply in kept.items():
             if abs(value := reply.told[name]) > bound:
                 _LOG.warning("%s's %s of %g counts as %g", client, name, value, bound)
