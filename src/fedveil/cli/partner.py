@@ -59,9 +59,7 @@ def run(
     logging.getLogger("fedveil").setLevel(logging.INFO)
     config = load_config(file)
     place = build_workplace(config)
-    if config.partner is None:  # which build_workplace has refused
-        raise ConfigurationError("This is no client's file", where=str(file))
-    mine = Partner(config.partner.name, place, config.partner.threads)
+    mine = Partner(config.whose().name, place, config.whose().threads)
     folder = link or config.path.parent / "flwr" / "link"
     token, authority = _make_link(folder)
     _reach_this_machine_directly()

@@ -139,23 +139,16 @@ def build_workplace(config: Config) -> Workplace:
         ConfigurationError: It is an owner's file, or something would run that is not approved.
         FedveilError: Data or architecture cannot be found or do not fit together.
     """
-    if config.partner is None:
-        raise ConfigurationError(
-            "This is no client's file",
-            expected="a table [partner] with the client's name",
-            found="none",
-            where=str(config.path),
-        )
-    approved = Approved(config)
+    partner, approved = config.whose(), Approved(config)
     rows, folder = load_rows(config), config.path.parent
     # Weights are read only where clients hold them, too.
     hold = config.scheme.clients_hold_rest
     model = load_model(
         config.model, config.data.task, rows.names, folder, seed=0, weights=hold, approved=approved
     )
-    task, name = _task(config, model, len(rows.names), approved), config.partner.name
+    task, name = _task(config, model, len(rows.names), approved), partner.name
     side = config.scheme.client()
-    memories = ClientFiles(config.resolve(config.partner.memory)) if side.remembers else None
+    memories = ClientFiles(config.resolve(partner.memory)) if side.remembers else None
     trainer = Trainer(task, task.prepare(rows.clients[name]), config.training)
     bare = bare_architecture(config.scheme, model)
     return Workplace(bare, side, task, {name: trainer}, None, memories)

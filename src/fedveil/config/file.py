@@ -98,6 +98,21 @@ class Config:
         """The run folder."""
         return self.resolve(self.federation.out or f"runs/{self.path.stem}")
 
+    def whose(self) -> PartnerTable:
+        """Whose file this is.
+
+        Raises:
+            ConfigurationError: An owner's.
+        """
+        if self.partner is None:
+            raise ConfigurationError(
+                "This is no client's file",
+                expected="a table [partner] with the client's name",
+                found="none",
+                where=str(self.path),
+            )
+        return self.partner
+
     def resolve(self, name: str) -> Path:
         """A path as the file means it: relative to the file."""
         return self.path.parent / Path(name).expanduser()

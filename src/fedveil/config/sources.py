@@ -91,8 +91,7 @@ def _rows_of_partner(config: Config) -> Rows:
     Raises:
         FedveilError: It names no such file, or other sources.
     """
-    assert config.partner is not None
-    data, who = config.data, f"client {config.partner.name}"
+    data, name = config.data, config.whose().name
     others = ("test", "owner", "tuned", "train_split", "variant", "revision")
     if odd := [key for key in others if getattr(data, key) is not None]:
         raise ConfigurationError(
@@ -113,8 +112,8 @@ def _rows_of_partner(config: Config) -> Rows:
     rows = _draw(load_data(path), data.train_limit, config.federation.seed)
     names = data.labels or []
     if data.has_classes:
-        rows = _encode(rows, who, data.label, names)
-    return Rows({config.partner.name: rows}, None, None, None, list(names))
+        rows = _encode(rows, f"client {name}", data.label, names)
+    return Rows({name: rows}, None, None, None, names)
 
 
 def load_test(config: Config) -> datasets.Dataset | None:

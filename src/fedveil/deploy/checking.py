@@ -10,7 +10,6 @@ from pathlib import Path
 from fedveil.config import Config
 from fedveil.config.code import Approvals, Piece, code_of, read_piece
 from fedveil.deploy.init import PROGRAMS, programs_of
-from fedveil.errors import ConfigurationError
 
 __all__ = ["Survey"]
 
@@ -58,17 +57,10 @@ class Survey:
             ConfigurationError: It is an owner's file, a file cannot be read, or a function cannot
                 be found.
         """
-        if config.partner is None:
-            raise ConfigurationError(
-                "This is no client's file",
-                expected="a table [partner] with the client's name",
-                found="none",
-                where=str(config.path),
-            )
-        folder = config.path.parent
+        name, folder = config.whose().name, config.path.parent
         code = code_of(config)
         scripts = {path.name: read_piece(path) for path in _scripts(folder)}
-        ours = _ours(config.partner.name, scripts)
+        ours = _ours(name, scripts)
         programs = tuple(name for name in scripts if name in ours)
         foreign = tuple(piece for name, piece in scripts.items() if name not in ours)
         files = (*foreign, *(piece for name, piece in code.files.items() if name not in scripts))
@@ -147,7 +139,7 @@ def _settings(config: Config) -> Iterator[str]:
     if config.data.transform is not None:
         yield f"transform {config.data.transform!r}"
     yield f"data {config.data.train!r}"
-    if config.partner is not None and config.scheme.client().remembers:
-        yield f"memory {config.partner.memory!r}"
+    if config.scheme.client().remembers:
+        yield f"memory {config.whose().memory!r}"
     yield f"task {config.data.task!r}"
     yield f"scheme {config.scheme_name!r}"

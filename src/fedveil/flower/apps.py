@@ -102,8 +102,7 @@ def _main(grid: Grid, context: Context) -> None:
 def _partner(path: str) -> Partner:
     config = load_config(path)
     place = build_workplace(config)
-    assert config.partner is not None
-    return Partner(config.partner.name, place, config.partner.threads)
+    return Partner(config.whose().name, place, config.whose().threads)
 
 
 def find_partner(context: Context) -> Partner:
