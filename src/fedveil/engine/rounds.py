@@ -7,7 +7,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fedveil.audit import Exposure, Manifest
 from fedveil.engine.bounds import Bounded, Bounds, Claim
 from fedveil.engine.checkpoint import KEPT, Checkpoint, CheckpointFolder
+from fedveil.engine.closing import Closing, Outcome
 from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, order_of, seed_of, threads
 from fedveil.engine.ledger import open_ledger
 from fedveil.engine.memory import ClientFiles
@@ -31,12 +33,11 @@ from fedveil.errors import (
     ExposureError,
     FedveilError,
     ProtocolError,
-    TrainingError,
 )
 from fedveil.files import write_whole
-from fedveil.schemes import ServerSide, ServerState, examples_of
+from fedveil.schemes import ServerSide, examples_of
 from fedveil.secret import Secret
-from fedveil.state import StateDict, load_state
+from fedveil.state import load_state
 from fedveil.training import Prepared, Task, evaluate
 from fedveil.training.modes import on_device
 from fedveil.wire import Limits, Message, reply_limits
@@ -48,9 +49,6 @@ CrewFactory = Callable[[ClientFiles | None], AbstractContextManager[Crew]]
 # Always the same, since the last bits of a loss depend on it.
 MEASURING_THREADS = 2
 
-_TRIES = 32
-"""So many clients are left out, one after the other, of a round of which no model comes: those with
-the largest updates."""
 _GLANCE = 32
 """Rows on which the global model is looked at in rounds in which it is not measured."""
 
@@ -201,17 +199,24 @@ class Rounds:
             yield memories
 
     def _measure_base(self) -> None:
-        if self.base is not None and self.test is not None and self.evaluation.base:
-            load_state(self.model, self.base)
-            self.reached_by_base = self.measure_model(self.model)
+        if self.base is not None and self.evaluation.base:
+            self.reached_by_base = self._measure_state(self.base)
 
-    def measure_model(self, model: nn.Module) -> dict[str, float] | None:
+    def _look(self, *, few: bool) -> Measures | None:
+        """What the global model reaches now, on a few rows or all; None if that cannot be told."""
+        if "global" not in self.server.views:
+            return None
+        return self._measure_state(self.server.view("global"), few=few)
+
+    def _measure_state(self, state: Mapping[str, Tensor], *, few: bool = False) -> Measures | None:
         """What a model reaches on the owner's test set, or None without one."""
         if self.test is None:
             return None
+        rows = self.test.select(range(min(_GLANCE, len(self.test)))) if few else self.test
+        load_state(self.model, state)
         # The workers are idle meanwhile, but as many threads as workers would add up otherwise.
-        with threads(MEASURING_THREADS), on_device(model, self.device):
-            return evaluate(model, self.task, self.test)
+        with threads(MEASURING_THREADS), on_device(self.model, self.device):
+            return evaluate(self.model, self.task, rows)
 
     def _round(
         self, number: int, rounds: int, records: Sequence[RoundRecord], clients: Crew
@@ -222,17 +227,22 @@ class Rounds:
         if present is not None:
             order = [client for client in order if client in present]
         self.observer.round_started(number, min(self._wanted, len(order)))
-        begun, self._released = self.server.state(), []
+        is_due = _is_due(self.evaluation.every, number, rounds)
+        begun, self._released, self._awaited = self.server.state(), [], {}
         self.server.begin_round(number)
         with Spool(self.folder) as spool:
             # The workers have the cores: more threads here would only wait for one another.
             with threads(1):
                 jobs = self._jobs(record, order, rounds, clients)
                 claims, measured = self._collect(record, clients.answers(jobs), spool)
-                bounded = self.bounds.apply(claims)
-                self._use(record, bounded, spool)
+            bounded = self.bounds.apply(claims)
             verdict = Verdict(records, self.reached_by_base, claims)
-            self._close(record, rounds, verdict, begun, bounded, spool)
+            outcome = Closing(
+                self.server, number, begun, self._released, bounded, self._awaited, spool, verdict,
+                partial(self._look, few=not is_due),
+            ).run()  # fmt: skip
+        self._write_down(record, outcome, bounded)
+        record.measures = self._measure(number, rounds, outcome.seen if is_due else None)
         if self._exposure is not None:
             record.exposed = {name: self._exposure.share([name]) for name in record.bytes_down}
             record.exposed_together = self._exposure.share(self._exposure.clients)
@@ -268,118 +278,25 @@ class Rounds:
             raise failures[0]
         return claims, measured
 
-    def _use(self, record: RoundRecord, bounded: Mapping[str, Bounded], spool: Spool) -> None:
-        """Add up the replies of some clients, each as far as it may count."""
-        record.bounded = {}
-        for client, data in spool.replies():
-            if client not in bounded:
-                continue
-            mine = bounded[client]
-            reply = Message.from_bytes(data, limits=self._awaited[client])
-            self.server.absorb(client, reply, mine.weight, mine.scales)
-            if mine.cuts:
-                record.bounded[client] = "; ".join(mine.cuts)
-
-    def _close(
-        self,
-        record: RoundRecord,
-        rounds: int,
-        verdict: Verdict,
-        begun: ServerState,
-        bounded: Mapping[str, Bounded],
-        spool: Spool,
+    def _write_down(
+        self, record: RoundRecord, outcome: Outcome, bounded: Mapping[str, Bounded]
     ) -> None:
-        """Apply what clients taught. If no model comes of it, do so without one of them.
-
-        Args:
-            record: Of the round.
-            rounds: In all.
-            verdict: What makes a model.
-            begun: The server's state before the round.
-            bounded: What each reply is given. That stays as it is when a client is left out, so
-                that whoever stays gains nothing by it.
-            spool: The replies.
-        """
-        added = self.server.state()
-        tensors = {name: tensor.clone() for name, tensor in added.tensors.items()}
-        failure = self._apply(record, rounds, verdict, tensors)
-        if failure is not None:
-
-            def without(client: str) -> TrainingError | None:
-                rest = {name: given for name, given in bounded.items() if name != client}
-                self._begin_anew(record, replace(begun, tensors=tensors))
-                self._use(record, rest, spool)
-                return self._apply(record, rounds, verdict, tensors)
-
-            culprit = self._find_culprit(record, verdict, without)
-            if culprit is not None:
-                without(culprit)
-                self._leave_out(record, culprit, str(failure))
-            else:
-                self.server.restore(replace(added, tensors=tensors))
-                self._give_up(record, rounds, len(bounded), str(failure))
-        for client, cuts in record.bounded.items():
-            self.observer.client_bounded(record.round, client, cuts)
-
-    def _find_culprit(
-        self,
-        record: RoundRecord,
-        verdict: Verdict,
-        without: Callable[[str], TrainingError | None],
-    ) -> str | None:
-        """The client without whose reply the round gives the best model; None if none helps."""
-        if len(verdict.suspects) < 2:
-            return None
-        reached: dict[str, float] = {}
-        for suspect in verdict.suspects[:_TRIES]:
-            if without(suspect) is None:
-                loss = self._loss(record)
-                reached[suspect] = 0.0 if loss is None else loss
-        return min(reached, key=reached.__getitem__, default=None)
-
-    def _give_up(self, record: RoundRecord, rounds: int, clients: int, reason: str) -> None:
-        """Write down that nothing of a round is applied."""
-        record.rejected, record.bounded = reason, {}
-        record.metrics = {"clients": clients}
-        record.measures = self._measure(record.round, rounds)
-        self.observer.round_rejected(record.round, record.rejected)
-
-    def _apply(
-        self, record: RoundRecord, rounds: int, verdict: Verdict, before: StateDict
-    ) -> TrainingError | None:
-        """Let the server's model learn; returns why no model came of it."""
-        try:
-            record.metrics = dict(self.server.end_round())
-            record.measures = self._measure(record.round, rounds)
-            verdict.check(self.server.state().tensors, before, self._loss(record))
-        except TrainingError as error:
-            return error
-        return None
-
-    def _loss(self, record: RoundRecord) -> float | None:
-        """Of the global model; of a few rows if it is not to be measured in this round."""
-        if self.test is None or "global" not in self.server.views:
-            return None
-        if "global" in record.measures:
-            return record.measures["global"]["loss"]
-        load_state(self.model, self.server.view("global"))
-        some = self.test.select(range(min(_GLANCE, len(self.test))))
-        with threads(MEASURING_THREADS), on_device(self.model, self.device):
-            return evaluate(self.model, self.task, some)["loss"]
-
-    def _begin_anew(self, record: RoundRecord, begun: ServerState) -> None:
-        """Take the server back to where all clients of the round have been sent their proxies."""
-        self.server.restore(begun)
-        self.server.begin_round(record.round)
-        for client in self._released:  # in their order, which decides who shares a mask
-            self.server.release(client)
-
-    def _leave_out(self, record: RoundRecord, client: str, reason: str) -> None:
-        """Write down that a round was closed without a client's reply."""
-        record.failed[client] = f"left out, as the model is best without its update: {reason}"
-        for kept in (record.bytes_up, record.examples, record.loss_first, record.loss_last):
-            kept.pop(client, None)
-        self.observer.client_left_out(record.round, client, record.failed[client])
+        """What came of the round, and of each reply."""
+        record.metrics = dict(outcome.metrics)
+        if outcome.rejected:
+            record.rejected = outcome.problem
+            self.observer.round_rejected(record.round, record.rejected)
+            return
+        if (client := outcome.left_out) is not None:
+            why = f"left out, as the model is best without its update: {outcome.problem}"
+            record.failed[client] = why
+            for kept in (record.bytes_up, record.examples, record.loss_first, record.loss_last):
+                kept.pop(client, None)
+            self.observer.client_left_out(record.round, client, why)
+        for client, given in bounded.items():
+            if given.cuts and client != outcome.left_out:
+                record.bounded[client] = "; ".join(given.cuts)
+                self.observer.client_bounded(record.round, client, record.bounded[client])
 
     @property
     def _wanted(self) -> int:
@@ -502,16 +419,24 @@ class Rounds:
                 losses[answer.client] = loss
         return None
 
-    def _measure(self, number: int, rounds: int) -> dict[str, dict[str, float]]:
-        """Measure the views that are due: each costs one evaluation."""
+    def _measure(
+        self, number: int, rounds: int, global_model: Measures | None
+    ) -> dict[str, dict[str, float]]:
+        """Measure the views that are due, each by an evaluation; the global model if it is not yet.
+
+        Args:
+            number: Of the round.
+            rounds: In all.
+            global_model: What that reaches, if it was measured.
+        """
         if self.test is None:
             return {}
         measures = {}
         for view in self.server.views:
             every = self.evaluation.every if view == "global" else self.evaluation.proxies_every
             if _is_due(every, number, rounds):
-                load_state(self.model, self.server.view(view))
-                measures[view] = self.measure_model(self.model) or {}
+                known = global_model if view == "global" else None
+                measures[view] = known or self._measure_state(self.server.view(view)) or {}
         return measures
 
     def _take_up(self, resume: bool, from_round: int | None) -> list[RoundRecord]:
