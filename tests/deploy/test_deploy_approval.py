@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import peft
@@ -371,6 +372,40 @@ class TestPath:
         assert found.returncode == 1
         assert "PATH has the current folder" in found.stderr
         assert not (tmp_path / "canary").exists()
+
+    @pytest.mark.parametrize("deaf", [(), ("fedveil",), ("flower-supernode",)])
+    def test_the_shipped_script_ends_with_all_that_it_started(self, clinic, tmp_path, deaf):
+        """Also when a program does not listen."""
+        programs = tmp_path / "programs"
+        programs.mkdir()
+        for name in ("fedveil", "flower-supernode"):
+            ready = "mkdir -p flwr/link; echo > flwr/link/token" if name == "fedveil" else ""
+            ignore = "trap '' TERM" if name in deaf else ""
+            lines = ["#!/bin/sh", ignore, f'echo $$ > "{tmp_path / name}"', ready, "exec sleep 99"]
+            (programs / name).write_text("\n".join(lines))
+            (programs / name).chmod(0o755)
+        script = clinic / "supernode.sh"
+        script.write_text(script.read_text().replace("grace=10", "grace=1"))
+        environment = {**os.environ, "PATH": f"{programs}:/usr/bin:/bin"}
+        process = subprocess.Popen(["sh", script], cwd=clinic, env=environment)
+        try:
+            numbers = [wait_for(tmp_path / name) for name in ("fedveil", "flower-supernode")]
+            process.terminate()
+            assert process.wait(30) == 0
+            for number in numbers:
+                with pytest.raises(ProcessLookupError):
+                    os.kill(number, 0)
+        finally:
+            process.kill()
+
+
+def wait_for(path):
+    """The number in a file that a program writes when it starts."""
+    last = time.monotonic() + 30
+    while not (path.exists() and path.read_text().strip()):
+        assert time.monotonic() < last, path
+        time.sleep(0.05)
+    return int(path.read_text())
 
 
 def text(folder, model):

@@ -174,3 +174,19 @@ def test_who_is_told_to_end_while_training_says_so_and_ends(monkeypatch):
     (reply,) = first.replies
     assert reply.error.reason == "stopped"
     assert not second.replies
+
+
+@pytest.mark.parametrize("problem", [LostError("gone"), StopServing()], ids=["gone", "told twice"])
+def test_who_is_told_to_end_ends_when_nobody_takes_the_last_reply(problem, monkeypatch):
+    def stop(message, partner):
+        raise StopServing
+
+    def lose(reply, patience=60.0):
+        raise problem
+
+    monkeypatch.setattr("fedveil.flower.client._train", stop)
+    first, second = Given(kind="train"), Given()
+    first.answer = lose
+    with pytest.raises(StopServing):
+        serve(Partner("clinic-1", None), Queue(first, second))
+    assert not second.replies

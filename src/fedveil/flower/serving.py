@@ -91,7 +91,8 @@ def _attend(app: ClientApp, found: Assignment) -> None:
                 if trained:
                     _LOG.info("%s, update sent", trained)
             except StopServing:
-                found.answer(failed(message, "stopped"), _LAST)
+                with suppress(LostError):  # both programs are told to end, and it may be gone
+                    found.answer(failed(message, "stopped"), _LAST)
                 raise
         except LostError as problem:
             _LOG.warning("Run %d: a reply is lost: %s", found.run, problem)

@@ -17,10 +17,22 @@ export PYTHONSAFEPATH=1
 port="${FEDVEIL_PORT:-{{port}}}" retry="${FEDVEIL_RETRY:-30}" link="$FLWR_HOME/link"
 mkdir -p "$FLWR_HOME"
 
-program= node= nap=
+program= node= nap= grace=10
 lives() { [ -n "$1" ] && kill -0 "$1" 2>/dev/null; }
 rest() { sleep "$1" & nap=$!; wait "$nap" || true; }
-trap 'trap "" INT TERM; kill $program $node $nap 2>/dev/null || true; wait; exit 0' INT TERM
+stop() {
+    trap "" INT TERM
+    kill $program $node $nap 2>/dev/null || true
+    # They answer what they are at, and end; what does not is ended.
+    while { lives "$program" || lives "$node"; } && [ "$grace" -gt 0 ]; do
+        sleep 1
+        grace=$((grace - 1))
+    done
+    kill -9 $program $node 2>/dev/null || true
+    wait
+    exit 0
+}
+trap stop INT TERM
 
 while :; do
     rm -f "$link/token"
