@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
+from fedveil.units.ties import refuse_overlaps
 
 __all__ = [
     "StateDict",
@@ -134,7 +135,12 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 @torch.no_grad()
 def _rebuilt(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> nn.Module:
-    """A copy of a model with ``make(name, tensor)`` in the place of each tensor of its state."""
+    """A copy of a model with ``make(name, tensor)`` in the place of each tensor of its state.
+
+    Raises:
+        ConfigurationError: Two tensors share memory without being one: no copy could keep that.
+    """
+    refuse_overlaps(model)
     own = model.state_dict(keep_vars=True)
     made: dict[object, Tensor] = {}
     memo: dict[int, Tensor] = {}
@@ -146,6 +152,10 @@ def _rebuilt(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> nn.Modu
         memo.setdefault(
             id(tensor), made[key] if made[key].is_meta else _as(tensor, made[key].detach())
         )
+    for buffer in model.buffers():
+        # One that is not saved may be a second name of a tensor that is.
+        if id(buffer) not in memo and buffer.numel() and tie_key(buffer) in made:
+            memo[id(buffer)] = made[tie_key(buffer)].detach()
     # What deepcopy finds in its memo it does not copy, wherever in the model it stands.
     return copy.deepcopy(model, memo)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
 from fedveil.state import StateDict, check_trainable, read_state
+from fedveil.units.ties import refuse_overlaps
 
 __all__ = ["Common", "in_common"]
 
@@ -76,11 +77,15 @@ def _read_all(models: Sequence[nn.Module]) -> list[StateDict]:
             )
         states.append(read_state(model))
         try:
+            refuse_overlaps(model)
             check_trainable(states[-1])
         except ConfigurationError as error:
             where = f"model {number}, {error.where}" if error.where else f"model {number}"
             raise ConfigurationError(
-                error.problem, expected="finite weights", where=where, fix=error.fix
+                error.problem,
+                expected=error.expected or "finite weights",
+                where=where,
+                fix=error.fix,
             ) from error
     return states
 

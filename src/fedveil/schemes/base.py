@@ -15,6 +15,7 @@ from fedveil.schemes.facts import Facts
 from fedveil.secret import Secret
 from fedveil.state import StateDict, read_state
 from fedveil.units import UnitGroup
+from fedveil.units.ties import refuse_overlaps
 from fedveil.wire import Message
 
 __all__ = [
@@ -203,8 +204,10 @@ class Scheme(ABC):
         """What is released and trained of a model: the model's own tensors, without a copy.
 
         Raises:
-            ConfigurationError: There is nothing of the kind in it.
+            ConfigurationError: There is nothing of the kind in it, or two of its tensors share
+                memory without being one.
         """
+        refuse_overlaps(model)
         return read_state(model)
 
     def facts(self) -> Facts:

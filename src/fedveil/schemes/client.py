@@ -22,6 +22,7 @@ from fedveil.selection import Selection
 from fedveil.shrinking import shrunk
 from fedveil.state import StateDict, read_state
 from fedveil.units import UnitGroup
+from fedveil.units.ties import refuse_overlaps
 from fedveil.updates import ErrorFeedback, UpdateCodec
 from fedveil.wire import Dense, Message, Section, UnitIndex
 
@@ -188,6 +189,7 @@ class ProxyClient:
         shapes = [(name, tensor.shape) for name, tensor in own.items()]
         known = _KNOWN.get(model)
         if known is None or known[0] is not self.find_groups or known[1] != shapes:
+            refuse_overlaps(model)
             known = _KNOWN[model] = self.find_groups, shapes, self._find_groups(model, own)
         return [group for group in known[2] if UNIT_PREFIX + group.name in message.sections]
 

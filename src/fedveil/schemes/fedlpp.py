@@ -17,7 +17,7 @@ from fedveil.schemes.facts import Facts, bits_of
 from fedveil.schemes.fedavg import FedAvgServer
 from fedveil.schemes.registry import register_scheme
 from fedveil.secret import Secret
-from fedveil.state import StateDict, read_state
+from fedveil.state import StateDict
 from fedveil.updates import UpdateCodec, check_bits, check_error_feedback
 from fedveil.wire import Dense, Sections
 
@@ -115,7 +115,7 @@ class FedLPP(Scheme):
             ConfigurationError: That is nothing, or all of it.
         """
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        state = read_state(model)
+        state = super().tensors(model)
         adapter = {name: tensor for name, tensor in state.items() if name in trained}
         if not adapter or len(adapter) == len(list(model.parameters())):
             raise ConfigurationError(

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from fedveil.errors import ConfigurationError
 from fedveil.units.group import KINDS, Slice, UnitGroup
-from fedveil.units.ties import tied_names
+from fedveil.units.ties import overlapping, overlaps, tied_names
 
 
 def validate(groups: Sequence[UnitGroup], state_dict: Mapping[str, Tensor]) -> None:
     """Check that groups can be hidden and released without two of them meeting.
 
     Every tensor and axis exists; the units cover a cut axis from end to end, no position twice;
-    a tensor with several names is cut the same way under each.
+    a tensor with several names is cut the same way under each, and none that is cut shares memory
+    with another in any other way.
 
     What it does NOT check: that the tensors of a group really belong together. Slices of two
     unrelated layers of the same size pass.
@@ -90,6 +91,9 @@ def _check_ties(groups: Sequence[UnitGroup], state_dict: Mapping[str, Tensor]) -
     for group in groups:
         for cut in group.slices:
             cuts[cut.tensor].add((group.name, cut.axis, cut.offset, cut.width, cut.scaled))
+    for one, other in overlaps(state_dict):
+        if one in cuts or other in cuts:
+            raise overlapping(one, other)
     ties = tied_names(state_dict)
     for tensor, own in list(cuts.items()):
         for other in ties[tensor]:

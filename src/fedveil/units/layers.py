@@ -108,8 +108,9 @@ def input_slice(
         ConfigurationError: the layer has no such axis, or it does not fall into `size` units.
     """
     axis = input_axis(module) if module is not None else None
-    if axis is None or f"{name}.weight" not in state:
-        raise _unreadable(name, module, tensors_of(name, state))
+    tensors = tensors_of(name, state)
+    if axis is None or "weight" not in tensors or not is_readable(tensors):
+        raise _unreadable(name, module, tensors)
     width = unit_width(f"{name}.weight", state[f"{name}.weight"], axis, size)
     return Slice(f"{name}.weight", axis, width, scaled=True)
 

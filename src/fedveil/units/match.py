@@ -8,8 +8,15 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
+from fedveil.units.adapters import (
+    cut_inputs,
+    cut_outputs,
+    plain_layer,
+    refuse_hidden,
+    refuse_prompts,
+)
 from fedveil.units.group import Slice, UnitGroup
-from fedveil.units.layers import input_slice, output_axis, output_slices, unit_width
+from fedveil.units.layers import output_axis, unit_width
 from fedveil.units.rule import Pattern, Rule
 from fedveil.units.ties import copies, tied_names
 
@@ -76,22 +83,28 @@ def _blocks(pattern: Pattern, anatomy: Anatomy, scope: str) -> list[str]:
     blocks: dict[int, str] = {}
     for name, module in anatomy.modules.items():
         inside = not scope or name == scope or name.startswith(f"{scope}.")
-        if inside and pattern.matches(name) and anatomy.has(_join(name, pattern.outputs[0])):
-            blocks.setdefault(id(module), name)
+        if inside and pattern.matches(name):
+            if anatomy.has(_join(name, pattern.outputs[0])):
+                blocks.setdefault(id(module), name)
+            elif pattern.block:
+                refuse_hidden(name, pattern.outputs[0], anatomy.modules)
     return list(blocks.values())
 
 
 def _group(pattern: Pattern, block: str, anatomy: Anatomy, config: object) -> UnitGroup | None:
     """One block's group, or None if it cannot be cut without cutting a head tied to it."""
-    outputs = _layers(pattern.outputs, "lora_B", block, anatomy)
-    inputs = _layers(pattern.inputs, "lora_A", block, anatomy)
-    size = _size(pattern, outputs[0], anatomy, config)
     modules, state = anatomy.modules, anatomy.state
-    cuts = [output_slices(name, modules.get(name), state, size, pattern.fused) for name in outputs]
+    outputs, inputs = (
+        [_present(_join(block, name), anatomy) for name in names]
+        for names in (pattern.outputs, pattern.inputs)
+    )
+    size = _size(pattern, plain_layer(outputs[0], modules, state), anatomy, config)
+    cuts = [cut_outputs(name, modules, state, size, pattern.fused) for name in outputs]
     if pattern.kind == "columns":
         cuts = _scale(cuts, anatomy)
     slices = [cut for layer in cuts for cut in layer]
-    slices += (input_slice(name, modules.get(name), state, size) for name in inputs)
+    slices += (cut for name in inputs for cut in cut_inputs(name, modules, state, size))
+    refuse_prompts(pattern.kind, slices, modules)
     everywhere = _under_all_names(slices, anatomy)
     if everywhere is None:
         return None
@@ -150,21 +163,6 @@ def _size(pattern: Pattern, first: str, anatomy: Anatomy, config: object) -> int
         # Not a layer whose layout is known: output_slices says so by name.
         return 1
     return unit_width(first, weight, axis % weight.dim(), pattern.fused)
-
-
-def _layers(names: Collection[str], adapter: str, block: str, anatomy: Anatomy) -> list[str]:
-    """The layers that a rule names; where PEFT has adapted one, itself and what stands beside it.
-
-    LoRA adds B A x to what a layer makes of x: a unit that a layer computes is a row of its B, and
-    one that it reads is a column of its A.
-    """
-    layers: list[str] = []
-    for name in (_present(_join(block, name), anatomy) for name in names):
-        base, beside = f"{name}.base_layer", anatomy.modules.get(f"{name}.{adapter}")
-        layers.append(base if anatomy.has(base) else name)
-        if beside is not None:
-            layers += [f"{name}.{adapter}.{child}" for child, _ in beside.named_children()]
-    return layers
 
 
 def _present(name: str, anatomy: Anatomy) -> str:

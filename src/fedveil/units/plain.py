@@ -19,6 +19,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from fedveil.errors import ConfigurationError
+from fedveil.units.adapters import is_adapted
 from fedveil.units.group import Slice, UnitGroup
 from fedveil.units.layers import CONVOLUTIONS, input_slice, output_slices
 from fedveil.units.match import Anatomy
@@ -80,6 +81,9 @@ class _Chain:
     def group(self, anatomy: Anatomy, columns: bool) -> UnitGroup | None:
         """The chain's group, or None if one of its tensors is tied or of an unknown layout."""
         module, state = anatomy.modules[self.source], anatomy.state
+        names = [self.source, *self.between, self.target]
+        if any(is_adapted(name, anatomy.modules) for name in names):
+            return None  # merged or switched off, or the graph would show it; and sent all the same
         size = module.out_channels if isinstance(module, CONVOLUTIONS) else module.out_features
         assert isinstance(size, int)  # Layout.of saw a Linear or a Conv
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,19 +25,21 @@ _ELEMENTWISE_NAMES = (
     "hardsigmoid", "logsigmoid", "dropout", "dropout1d", "dropout2d", "dropout3d",
     "alpha_dropout", "contiguous",
 )  # fmt: skip
-# Within one channel.
-_POOL_MODULES = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-)  # fmt: skip
-_POOL_NAMES = tuple(
-    f"{adaptive}{kind}_pool{n}d"
-    for adaptive in ("", "adaptive_")
-    for kind in ("max", "avg")
+# What works within one channel if it has the dimension of the convolution before it. A pool of
+# another takes the batch for channels and the channels for one more axis of the image: it mixes
+# them (a MaxPool3d behind a Conv2d is maxout), and so would a batch norm or a convolution.
+_POOL_MODULES: Mapping[int, tuple[type[nn.Module], ...]] = {
+    1: (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
+    2: (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    3: (nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
+}
+_POOL_NAMES: Mapping[int, tuple[str, ...]] = {
+    n: (f"max_pool{n}d", f"avg_pool{n}d", f"adaptive_avg_pool{n}d", f"adaptive_max_pool{n}d")
     for n in (1, 2, 3)
-)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+}
+_BATCH_NORMS: Mapping[int, type[nn.Module]] = {
+    1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,13 @@ class Layout:
         if isinstance(module, nn.Linear):
             whole = module.in_features % self.size == 0
             return whole if self.flat else not self.spatial and module.in_features == self.size
-        return (
-            isinstance(module, CONVOLUTIONS)
-            and module.groups == 1
-            and self._is_channels(module.in_channels)
-        )
+        return isinstance(module, CONVOLUTIONS) and module.groups == 1 and self.is_channels(module)
 
-    def _is_channels(self, count: int) -> bool:
-        return self.is_image() and count == self.size
+    def is_channels(self, module: nn.Module) -> bool:
+        """Whether the units are what a convolution takes for its input channels."""
+        assert isinstance(module, CONVOLUTIONS)
+        same = module.in_channels == self.size and len(module.kernel_size) == self.spatial
+        return self.is_image() and same
 
     def is_image(self) -> bool:
         """Whether channels lie on axis 1 with their positions behind them."""
@@ -96,11 +97,11 @@ def step(node: fx.Node, module: nn.Module | None, layout: Layout) -> Layout | No
     """
     if module is not None:
         keeps = isinstance(module, _ELEMENTWISE_MODULES) or _carries_units(module, layout)
-        pools = isinstance(module, _POOL_MODULES)
+        pools = isinstance(module, _POOL_MODULES.get(layout.spatial, ()))
         flattens = isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
     else:
         keeps = _calls(node, _ELEMENTWISE_NAMES)
-        pools = _calls(node, _POOL_NAMES)
+        pools = _calls(node, _POOL_NAMES.get(layout.spatial, ()))
         flattens = _flattens(node)
         if _calls(node, {"mean"}) and layout.is_image():
             return _mean(node, layout)
@@ -118,14 +119,16 @@ def reads_shape_only(node: fx.Node) -> bool:
 
 def _carries_units(module: nn.Module, layout: Layout) -> bool:
     """Whether a layer with tensors of its own treats every unit by itself."""
-    if isinstance(module, _BATCH_NORMS):
-        count = module.num_features
-        return count % layout.size == 0 if layout.flat else count == layout.size
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        # Behind a Linear, units are on axis 1 if a sample is one row: see `fedveil.units.rows`.
+        fits = isinstance(module, _BATCH_NORMS[layout.spatial if layout.is_image() else 1])
+        count = int(module.num_features)
+        return fits and (count % layout.size == 0 if layout.flat else count == layout.size)
     if isinstance(module, nn.PReLU):
         per_unit = module.num_parameters == layout.size and not layout.flat
         return module.num_parameters == 1 or per_unit
     if isinstance(module, CONVOLUTIONS):
-        return _is_depthwise(module) and layout.is_image() and module.in_channels == layout.size
+        return _is_depthwise(module) and layout.is_channels(module)
     return False
 
 
