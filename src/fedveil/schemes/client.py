@@ -22,6 +22,7 @@ from fedveil.selection import Selection
 from fedveil.shrinking import shrunk
 from fedveil.state import StateDict, read_state
 from fedveil.units import UnitGroup
+from fedveil.units.rows import rows_checked
 from fedveil.units.ties import refuse_overlaps
 from fedveil.updates import ErrorFeedback, UpdateCodec
 from fedveil.wire import Dense, Message, Section, UnitIndex
@@ -149,7 +150,11 @@ class ProxyClient:
             proxy.decode(own, cut)
             # The model may be of lower precision than the message: it starts from what it holds.
             start = {name: _copy(name, tensor, cut) for name, tensor in own.items()}
-            with _withheld_units_still(model, cut), _others_still(model, own, self.still):
+            with (
+                _withheld_units_still(model, cut),
+                _others_still(model, own, self.still),
+                rows_checked(model, proxy.cut_groups()),
+            ):
                 record = trainer(model)
             updates = {}
             for name, tensor in own.items():
@@ -259,6 +264,10 @@ class _Proxy:
     shapes: Mapping[str, torch.Size]
     selection: Selection
     parts: Mapping[str, Dense | QuantizedTensor]
+
+    def cut_groups(self) -> list[UnitGroup]:
+        """The groups of which a unit is withheld."""
+        return [g for g in self.groups if len(self.released[g.name].units) < g.size]
 
     @torch.no_grad()
     def decode(self, own: StateDict, cut: Selection) -> None:
