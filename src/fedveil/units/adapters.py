@@ -49,11 +49,15 @@ _LORA_TENSORS: Mapping[str, tuple[str, ...]] = {
     "lora_embedding_B": ("",),
 }
 """What plain LoRA holds: by its attribute, the names of the tensors of each adapter in it."""
-_TUNERS = ("peft.tuners.tuners_utils.BaseTuner", "peft.peft_model.PeftModel",
+_TUNERS = ("peft.tuners.tuners_utils.BaseTuner",
+           "peft.tuners.adaption_prompt.model.AdaptionPromptModel",
+           "peft.peft_model.PeftModel",
            "peft.mixed_model.PeftMixedModel")  # fmt: skip
-"""Classes that hold a whole model, and change nothing but the layers that they wrap ..."""
+"""Classes that hold a whole model, and change nothing but the layers that they wrap."""
+_MODELS = ("base_model", "model", "lora_model")
+"""Where those have that model ..."""
 _LORA_TUNERS = ("peft.tuners.lora.model.LoraModel", "peft.tuners.mixed.model.MixedModel")
-"""... and those that leave a layer with LoRA its own forward. X-LoRA does not."""
+"""... and which of them leave a layer with LoRA its own forward. X-LoRA does not."""
 _INPUT_PROMPTS = ("PromptEmbedding", "PromptEncoder", "MultitaskPromptEmbedding", "CPTEmbedding")
 """Prompts that stand before the words, and have nothing in attention heads."""
 
@@ -74,7 +78,7 @@ def cut_outputs(
         ConfigurationError: the layer has an adapter that is not known to be cut right, or a layout
             that is not known, or its axis does not fall into `size` units.
     """
-    layers, beside = _taken_apart(name, modules, state)
+    layers, beside = _taken_apart(_outermost(name, modules), modules, state)
     slices = [
         cut
         for layer in layers
@@ -92,7 +96,7 @@ def cut_inputs(name: str, modules: Modules, state: State, size: int) -> tuple[Sl
 
     Args and errors are those of `cut_outputs`.
     """
-    layers, beside = _taken_apart(name, modules, state)
+    layers, beside = _taken_apart(_outermost(name, modules), modules, state)
     reads = [input_slice(layer, modules.get(layer), state, size) for layer in layers]
     for key in (key for key in beside if _part(key) == "lora_A"):
         reads.append(Slice(key, 1, unit_width(key, state[key], 1, size), scaled=True))
@@ -105,16 +109,12 @@ def plain_layer(name: str, modules: Modules, state: State) -> str:
     Raises:
         ConfigurationError: the layer has an adapter that is not known to be cut right.
     """
-    return _taken_apart(name, modules, state)[0][0]
+    return _taken_apart(_outermost(name, modules), modules, state)[0][0]
 
 
 def is_adapted(name: str, modules: Modules) -> bool:
     """Whether a layer is, or is below, what PEFT has put in a layer's place."""
-    return any(
-        _is_peft(modules[above]) and not _is_a(modules[above], _TUNERS)
-        for above in (*_above(name), name)
-        if above in modules
-    )
+    return _outermost(name, modules) != name or _is_adapter(modules.get(name))
 
 
 def refuse_hidden(block: str, output: str, modules: Modules) -> None:
@@ -128,7 +128,7 @@ def refuse_hidden(block: str, output: str, modules: Modules) -> None:
     for count in range(len(steps) + 1):
         name = ".".join([block, *steps[:count]])
         module = modules.get(name)
-        if module is not None and _is_peft(module) and not _is_a(module, _TUNERS):
+        if module is not None and _is_adapter(module):
             raise _refused(name, module)
 
 
@@ -152,7 +152,6 @@ def refuse_prompts(kind: str, slices: Sequence[Slice], modules: Modules) -> None
 def _taken_apart(name: str, modules: Modules, state: State) -> tuple[list[str], list[str]]:
     """The plain layers that a layer's name stands for, and the tensors of LoRA beside them."""
     module = modules.get(name)
-    _check_around(name, modules)
     if module is None or not _is_peft(module):
         return [name], []
     if _full_name(module) == _COPIES:
@@ -197,20 +196,27 @@ def _variant(name: str, module: nn.Module, modules: Modules) -> str:
         return " and ".join(sorted("DoRA" if n.startswith("Dora") else n for n in names))
     if any(getattr(module, "use_dora", {}).values()):
         return "DoRA"
-    tuners = [modules[above] for above in _above(name) if _is_a(modules[above], _TUNERS[:1])]
-    if tuners and _full_name(tuners[-1]) not in _LORA_TUNERS:
-        return _label(tuners[-1])
-    return ""
+    tuners = (modules[above] for above in _above(name) if _is_a(modules[above], _TUNERS[:1]))
+    return next((_label(tuner) for tuner in tuners if _full_name(tuner) not in _LORA_TUNERS), "")
 
 
-def _check_around(name: str, modules: Modules) -> None:
-    """Refuse a module of PEFT around a layer unless it does nothing but hold it."""
+def _outermost(name: str, modules: Modules) -> str:
+    """The name of what PEFT has put around a layer, which a rule may name by its inner parts.
+
+    Raises:
+        ConfigurationError: the layer is of a network that PEFT has put beside the model, and which
+            may hold copies of the model's own layers.
+    """
     for above in _above(name):
-        module = modules.get(above)
-        if module is None or not _is_peft(module):
-            continue
-        if not _is_a(module, _TUNERS) and _full_name(module) not in (*_LORA, _COPIES):
-            raise _refused(above, module)
+        beside = name.removeprefix(f"{above}." if above else "").partition(".")[0]
+        if _is_a(modules[above], _TUNERS) and beside not in _MODELS:
+            raise _refused(name, modules[above])
+    return next((above for above in _above(name) if _is_adapter(modules.get(above))), name)
+
+
+def _is_adapter(module: nn.Module | None) -> bool:
+    """Whether a module is of PEFT, and more than what holds a whole model."""
+    return module is not None and _is_peft(module) and not _is_a(module, _TUNERS)
 
 
 def _prompts(modules: Modules) -> Iterator[tuple[str, nn.Module]]:
