@@ -242,11 +242,101 @@ def test_what_may_mix_units_is_not_cut(middle, choice: str) -> None:
         [nn.Linear(2, 4), nn.GLU(), nn.Linear(2, 3)],
         [nn.utils.parametrizations.weight_norm(nn.Linear(2, 4)), nn.Linear(4, 3)],
         [nn.Linear(2, 4)],
+        # Another dimension than the convolution's: channels are an axis of the image to it.
+        [nn.Conv2d(1, 8, 3), nn.MaxPool3d((2, 1, 1)), nn.Flatten(), nn.Linear(144, 3)],
+        [nn.Conv2d(1, 8, 3), nn.MaxPool3d(1), nn.Conv2d(8, 3, 3)],
+        [nn.Conv2d(1, 8, 3), nn.AvgPool3d((2, 1, 1)), nn.Flatten(), nn.Linear(144, 3)],
+        [nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool3d((4, 6, 6)), nn.Flatten(), nn.Linear(144, 3)],
+        [nn.Conv2d(1, 8, 3), nn.AdaptiveMaxPool3d((8, 6, 6)), nn.Flatten(), nn.Linear(288, 3)],
+        [nn.Conv2d(1, 8, 3), nn.MaxPool1d(2), nn.Conv2d(8, 3, 3)],
+        [nn.Conv1d(1, 8, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)],
+        [nn.Conv1d(1, 8, 3), nn.AdaptiveAvgPool2d((8, 4)), nn.Flatten(), nn.Linear(32, 3)],
+        [nn.Conv1d(1, 8, 3), nn.AvgPool2d((1, 2)), nn.Flatten(), nn.Linear(32, 3)],
+        [nn.Conv3d(1, 8, 3), nn.MaxPool2d(2), nn.Conv3d(8, 3, 3)],
+        [nn.Linear(2, 8), nn.MaxPool1d(2), nn.Linear(4, 3)],
+        [nn.Linear(2, 8), nn.AdaptiveAvgPool1d(8), nn.Linear(8, 3)],
+        [nn.Conv1d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv1d(8, 3, 3)],
+        [nn.Conv2d(1, 8, 3), nn.BatchNorm1d(8), nn.Conv2d(8, 3, 3)],
+        [nn.Conv2d(1, 8, 3), nn.BatchNorm3d(8), nn.Conv2d(8, 3, 3)],
+        [nn.Linear(2, 8), nn.BatchNorm2d(8), nn.Linear(8, 3)],
+        [nn.Conv2d(1, 4, 3), nn.Flatten(), nn.BatchNorm2d(36), nn.Linear(36, 3)],
+        [nn.Linear(2, 8), nn.BatchNorm1d(5), nn.Linear(8, 3)],  # [batch, 5 tokens, 8]
+        [nn.Linear(2, 8), nn.PReLU(5), nn.Linear(8, 3)],
+        [nn.Conv2d(1, 8, 3), nn.Conv3d(8, 3, 1)],
+        [nn.Conv2d(1, 8, 3), nn.Conv1d(8, 3, 1)],
+        [nn.Conv2d(1, 8, 3), nn.Conv3d(8, 8, 1, groups=8), nn.Conv2d(8, 3, 1)],
+        # Across channels, or of another order.
+        [nn.Conv2d(1, 8, 3), nn.LocalResponseNorm(2), nn.Conv2d(8, 3, 3)],
+        [nn.Conv2d(1, 8, 3), nn.ChannelShuffle(2), nn.Conv2d(8, 3, 3)],
+        [nn.Conv2d(1, 8, 3), nn.PixelShuffle(2), nn.Conv2d(2, 3, 3)],
+        [nn.Conv2d(1, 8, 3), nn.PixelUnshuffle(2), nn.Conv2d(32, 3, 3)],
+        [nn.Conv2d(1, 8, 3), nn.Softmax2d(), nn.Conv2d(8, 3, 3)],
+        [nn.Conv2d(1, 8, 3), nn.Softmax(1), nn.Conv2d(8, 3, 3)],
+        [nn.Conv2d(1, 8, 3), nn.GLU(1), nn.Conv2d(4, 3, 3)],
+        [nn.Conv2d(1, 8, 3), nn.LPPool2d(2, 2), nn.Conv2d(8, 3, 2)],
+        [nn.Conv2d(1, 8, 3), nn.FractionalMaxPool2d(2, 3), nn.Conv2d(8, 3, 2)],
+        [nn.Conv2d(1, 8, 3), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 2)],
+        [nn.Conv2d(1, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.Conv2d(8, 3, 2)],
+        [nn.Conv2d(1, 8, 3), nn.FeatureAlphaDropout(), nn.Conv2d(8, 3, 2)],
+        [nn.Conv2d(1, 4, 3), nn.Flatten(0), nn.Linear(64, 3)],
+        [nn.Conv2d(1, 4, 3), nn.Flatten(0, 1), nn.Linear(4, 3)],
+        [nn.Conv2d(1, 4, 3), nn.Flatten(1, 2), nn.Linear(4, 3)],
+        [nn.Conv2d(1, 4, 3), nn.Flatten(-2), nn.Linear(16, 3)],
+        [nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Unflatten(1, (4, 16)), nn.Linear(16, 3)],
     ],
 )
 def test_unclear_layouts_are_not_cut(layers: list[nn.Module]) -> None:
     with pytest.raises(UnknownArchitectureError, match="can be cut"):
         find_units(nn.Sequential(*layers))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: F.max_pool3d(x, (2, 1, 1)),
+        lambda x: F.avg_pool3d(x, (2, 1, 1)),
+        lambda x: F.adaptive_avg_pool3d(x, (4, 6, 6)),
+        lambda x: F.adaptive_max_pool3d(x, (4, 6, 6)),
+        lambda x: torch.max_pool3d(x, (2, 1, 1)),
+        lambda x: F.lp_pool2d(x, 2, 1),
+        lambda x: x.amax(1, keepdim=True),
+        lambda x: torch.mean(x, 1, keepdim=True),
+        lambda x: x.mean((1, 2), keepdim=True),
+        lambda x: torch.flatten(x, 1, 2),
+        lambda x: F.local_response_norm(x, 2),
+    ],
+)
+def test_functions_across_channels_are_not_cut(pool) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.read = nn.Conv2d(1, 8, 3), nn.Linear(144, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.read(torch.flatten(pool(self.conv(x)), 1))
+
+    with pytest.raises(UnknownArchitectureError, match="can be cut"):
+        find_units(Pooled())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("pool", ["MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool"])
+def test_pools_of_the_dimension_of_the_convolution_are_followed(pool: str, n: int) -> None:
+    conv, norm = getattr(nn, f"Conv{n}d"), getattr(nn, f"BatchNorm{n}d")
+    layers = [
+        conv(2, 4, 3), norm(4), getattr(nn, f"{pool}{n}d")(2),
+        nn.Flatten(), nn.BatchNorm1d(4 * 2**n), nn.Linear(4 * 2**n, 3),
+    ]  # fmt: skip
+    net = randomise(nn.Sequential(*layers))
+    small, keep = copy.deepcopy(net), others(4, [0, 2])
+    for layer in (small[0], small[1]):
+        drop_outputs(layer, keep)
+    drop_outputs(small[4], others(4 * 2**n, [0, 2], 2**n))
+    drop_inputs(small[5], others(4 * 2**n, [0, 2], 2**n))
+    (group,) = find_units(net)
+    hidden = zeroed(net, masks([group], net.state_dict(), {"channels": [0, 2]}))
+    x = torch.randn(3, 2, *[6] * n)
+    torch.testing.assert_close(run(hidden, x), run(small, x), rtol=1e-5, atol=1e-5)
 
 
 def test_tied_layers_are_not_cut() -> None:
