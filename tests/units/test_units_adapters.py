@@ -110,6 +110,23 @@ def test_zeros_in_lora_equal_zeros_in_the_merged_weight(
     assert_zeros_do_what_they_do_when_merged(model, FAMILIES[family].inputs(), choice)
 
 
+@pytest.mark.parametrize("choice", ["neurons", "columns"])
+@pytest.mark.parametrize("family", ["llama", "gpt2-untied"])
+def test_a_factor_scales_an_adapter_as_it_does_the_merged_weight(family: str, choice: str) -> None:
+    model = adapted(FAMILIES[family].build(), lora(family))
+    merged = copy.deepcopy(model).merge_and_unload()
+    for one in (model, merged):
+        state = one.state_dict()
+        scaled = {(c.tensor, c.axis) for g in find_units(one, choice) for c in g.slices if c.scaled}
+        for tensor, axis in scaled:
+            shape = [1] * state[tensor].dim()
+            shape[axis] = -1
+            factor = torch.linspace(0.5, 2.0, state[tensor].shape[axis])
+            state[tensor].mul_(factor.view(shape))
+    inputs = FAMILIES[family].inputs()
+    torch.testing.assert_close(run(model, inputs), run(merged, inputs), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("active", [["one"], ["one", "two"]])
 def test_every_adapter_of_a_layer_is_cut(active: list[str]) -> None:
     family = FAMILIES["llama"]
