@@ -510,9 +510,17 @@ def test_withheld_parts_of_an_adapter_stay_zero_while_it_is_trained(shrink: bool
                 optimiser.step()
             return SimpleNamespace(examples=2, steps=2, loss_first=1.0, loss_last=1.0)
 
-    reply = scheme.client().fit(message, copy.deepcopy(model), Trainer())
+    trained = copy.deepcopy(model)
+    reply = scheme.client().fit(message, trained, Trainer())
     updates = {name: s.tensor for name, s in reply.sections.items()}
     place = "base_model.model.model.layers.0.mlp"
     assert list(updates[f"{place}.up_proj.lora_B.default.weight"].shape) == [16, 2]
     assert list(updates[f"{place}.down_proj.lora_A.default.weight"].shape) == [2, 16]
     assert all(bool(t.isfinite().all()) for t in updates.values())
+    state = trained.state_dict()
+    for group in find_units(model, "mlp"):
+        have = set(message.sections[f"units/{group.name}"].released.tolist())
+        gone = torch.tensor([u for u in range(group.size) if u not in have])
+        for cut in group.slices:
+            assert not state[cut.tensor].index_select(cut.axis, cut.indices(gone)).any()
+            assert state[cut.tensor].any()

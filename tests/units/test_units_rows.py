@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fedveil
 from fedveil.errors import ConfigurationError
-from fedveil.units import find_units
+from fedveil.units import Pattern, Rule, find_units
 from fedveil.units.rows import rows_checked
 
 
@@ -103,6 +103,32 @@ def test_training_on_other_batches_goes_on(kind: str, shrink: bool) -> None:
         assert find_units(net)  # its size is written down: it stays full of zeros
     message, client = proxy_of(net, shrink)
     assert client.fit(message, net, Trainer(shape)).sections
+
+
+class Turned(nn.Module):
+    """Tokens whose features are normalised, and positions of an image that are read as tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.conv, self.read = nn.Conv2d(1, 5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(self.one(x).transpose(1, 2)).transpose(1, 2)
+        positions = self.conv(x[:, None]).flatten(2).transpose(1, 2)
+        return self.two(tokens).mean(1) + self.read(positions).mean(1)
+
+
+@pytest.mark.parametrize("choice", ["neurons", "channels"])
+def test_nets_that_turn_tokens_around_go_on_with_a_rule_of_their_own(choice: str) -> None:
+    net = Turned()
+    pattern = {
+        "neurons": Pattern("neurons", ("one", "norm"), ("two",)),
+        "channels": Pattern("channels", ("conv",), ("read",)),
+    }[choice]
+    groups = find_units(net, "mlp", rule=Rule(("Turned",), (pattern,)))
+    with rows_checked(net, groups):
+        net(torch.randn(5, 7, 4))
 
 
 def test_nothing_is_looked_at_after() -> None:

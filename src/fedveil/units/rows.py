@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
@@ -70,12 +71,18 @@ def _note_batch(
 
 
 def _check_rows(name: str, rows: list[int], module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    if args and rows and args[0].numel() != rows[0] * args[0].shape[-1]:
+    # More axes are of a rule of one's own, for a net that makes tokens of positions.
+    if args and rows and args[0].dim() == 2 and args[0].shape[0] != rows[0]:
         raise _misplaced(name, f"[{rows[0]}, features], one row per sample", args[0])
 
 
 def _check_axis(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    if args and args[0].dim() != 2:
+    assert isinstance(module, nn.BatchNorm1d | nn.PReLU)
+    size = module.num_features if isinstance(module, nn.BatchNorm1d) else module.num_parameters
+    shape = args[0].shape if args else torch.Size()
+    # A net with a rule may turn tokens around before and after: [batch, features, tokens].
+    turned = len(shape) > 2 and shape[1] == size != shape[-1]
+    if len(shape) > 2 and not turned:
         raise _misplaced(name, "[batch, features]", args[0])
 
 
