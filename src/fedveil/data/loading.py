@@ -57,7 +57,11 @@ def load_data(
             fix="Leave them out, and keep each split in a file of its own.",
         )
     with quiet():
-        dataset = _from_file(path, numbers) if is_file else _from_hub(str(source), split, config, revision)
+        dataset = (
+            _from_file(path, numbers)
+            if is_file
+            else _from_hub(str(source), split, config, revision)
+        )
     if len(dataset) == 0:
         raise DataError(
             "the data set is empty",

@@ -154,7 +154,8 @@ class TextClassification(Classification):
             raise DataError(
                 "a column of texts holds none",
                 expected="text in every row",
-                found=f"{len(texts)} empty values",
+                found=f"{type(texts[0]).__name__ if texts[0] != '' else 'nothing'} "
+                f"in all rows ({len(texts)})",
                 where=f'column "{name}"',
                 fix="Fill it, or name the column that the texts are in.",
             )
