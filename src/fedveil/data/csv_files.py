@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fedveil.data.labels import is_whole_number
 from fedveil.data.library import library
@@ -29,6 +29,16 @@ _BYTE_ORDER_MARKS = {
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _INT64 = range(-(2**63), 2**63)
 _LONGEST = len(str(-(2**63)))
+
+
+class _Lines(Protocol):
+    """A reader of the csv library."""
+
+    @property
+    def line_num(self) -> int:
+        """Lines that have been read."""
+
+    def __next__(self) -> list[str]: ...
 
 
 def read_csv(path: Path, *, numbers: bool) -> datasets.Dataset:
@@ -66,7 +76,7 @@ def read_csv(path: Path, *, numbers: bool) -> datasets.Dataset:
     )
 
 
-def _read(path: Path, lines: csv._reader) -> tuple[list[str], list[list[str | None]]]:
+def _read(path: Path, lines: _Lines) -> tuple[list[str], list[list[str | None]]]:
     """Names of columns, and the columns."""
     header = next(_rows(path, lines), None)
     if header is None:
@@ -87,7 +97,7 @@ def _read(path: Path, lines: csv._reader) -> tuple[list[str], list[list[str | No
     return names, columns
 
 
-def _rows(path: Path, lines: csv._reader) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path, lines: _Lines) -> Iterator[tuple[int, list[str]]]:
     """Rows that hold anything, each with the line that it begins in, from 1."""
     while True:
         begins = lines.line_num + 1

@@ -24,7 +24,7 @@ def role_of(message: Any) -> Any:
 
 def text_of(message: Any) -> str:
     """What a message says: its content, or the texts among its parts; "" if it says nothing."""
-    content = message.get("content") if isinstance(message, Mapping) else None
+    content: Any = message.get("content") if isinstance(message, Mapping) else None
     if are_messages(content):
         parts = (part.get("text") for part in content if isinstance(part, Mapping))
         return "".join(part for part in parts if isinstance(part, str))
@@ -61,8 +61,8 @@ def check_answers(answers: Iterable[Any], where: str) -> None:
     wrong: dict[int, tuple[str, str]] = {}
     for row, answer in enumerate(answers):
         count += 1
-        if are_messages(answer) and (problem := _problem(answer)):
-            wrong[row] = problem
+        if are_messages(answer) and (what := _problem(answer)):
+            wrong[row] = what
     if not wrong:
         return
     first, *others = wrong
