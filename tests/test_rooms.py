@@ -11,10 +11,10 @@ import fedveil
 
 SOURCE = Path(fedveil.__file__).parent
 ROOMS = (
-    "errors", "files", "units", "secret", "drawing", "masking", "selection", "state", "shards",
-    "shrinking", "quantization", "wire", "updates", "aggregation", "schemes", "training", "audit",
-    "engine", "federation", "data", "config", "merging", "report", "flower", "deploy", "demo",
-    "cli", "",
+    "printable", "errors", "log", "files", "units", "secret", "drawing", "masking", "selection",
+    "state", "shards", "shrinking", "quantization", "wire", "updates", "aggregation", "schemes",
+    "training", "audit", "engine", "federation", "data", "config", "merging", "screen", "report",
+    "flower", "deploy", "demo", "cli", "",
 )  # fmt: skip
 CORE = ROOMS[: ROOMS.index("schemes") + 1]
 FOREIGN = {"transformers", "flwr", "datasets", "flwr_datasets", "typer", "rich", "matplotlib"}

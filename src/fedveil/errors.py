@@ -16,6 +16,8 @@ Each message says what was expected, what was found, where, and what to do about
 
 from __future__ import annotations
 
+from fedveil.printable import one_line, printable
+
 __all__ = [
     "AuditError",
     "CheckpointError",
@@ -35,6 +37,7 @@ class FedveilError(Exception):
     """A mistake that the caller can understand and repair.
 
     Attributes are the parts of the message, for programs that want them one by one; any may be "".
+    They may quote what others sent; the message itself can be printed anywhere.
     """
 
     exit_code = 1
@@ -51,12 +54,14 @@ class FedveilError(Exception):
         return _rebuild, (type(self), self.problem, self.expected, self.found, self.where, self.fix)
 
     def __str__(self) -> str:
-        text = self.problem + (f" (in {self.where})" if self.where else "")
-        if self.expected:
-            text += f": expected {self.expected}"
-        if self.found:
-            text += f"{',' if self.expected else ':'} found {self.found}"
-        return text + "." + (f" {self.fix}" if self.fix else "")
+        # What was found may be a stranger's words; problem and fix may have several lines of ours.
+        where, expected, found = map(one_line, (self.where, self.expected, self.found))
+        text = self.problem + (f" (in {where})" if where else "")
+        if expected:
+            text += f": expected {expected}"
+        if found:
+            text += f"{',' if expected else ':'} found {found}"
+        return printable(text + "." + (f" {self.fix}" if self.fix else ""))
 
 
 def _rebuild(

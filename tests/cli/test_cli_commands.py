@@ -5,6 +5,7 @@ import torch
 from cli_samples import run_fedveil, write_bert
 
 import fedveil
+from fedveil import cli
 from fedveil.errors import WireError
 from fedveil.quantization import kernels
 from fedveil.wire import Dense, Message, UnitIndex
@@ -162,3 +163,15 @@ def test_inspect_refuses_what_is_no_message(tmp_path, call):
     assert code == WireError.exit_code
     assert err.startswith("error: ")
     assert call("inspect", tmp_path / "none")[0] == 2
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\rb", "\u202eb", "[red]x[/red]"])
+def test_what_is_said_is_neither_markup_nor_steers(text, capsys):
+    cli.say(cli.PlainConsole(), f"for {text}\n")
+    cli.complain("warning", f"one {text}\ntwo")
+    cli._show_warning(set(), UserWarning(text), UserWarning, "file.py", 1)
+    said = capsys.readouterr()
+    shown = text.encode("unicode_escape").decode()
+    assert said.out == f"for {shown}\\n\n"
+    assert f"one {shown}\ntwo\n" in said.err
+    assert f"UserWarning: {shown}" in said.err

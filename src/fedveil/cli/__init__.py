@@ -17,6 +17,8 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fedveil.errors import FedveilError, FedveilWarning
+from fedveil.printable import one_line, printable
+from fedveil.screen import PlainConsole
 
 __all__ = ["Debug", "File", "app", "complain", "main", "say", "wide_console"]
 
@@ -94,14 +96,14 @@ def _show_warning(
         told.add(str(message))
     else:
         text = warnings.formatwarning(message, category, filename, lineno, line)
-        (file or sys.stderr).write(text)
+        (file or sys.stderr).write(printable(text))
 
 
 def complain(word: str, message: str) -> None:
     """Print an error or a warning on stderr, without markup."""
     # Text, not markup: messages hold brackets.
-    line = Text.assemble((word, "bold red"), f": {message}" if message else "")
-    Console(stderr=True).print(line, soft_wrap=True)
+    line = Text.assemble((word, "bold red"), f": {printable(message)}" if message else "")
+    PlainConsole(stderr=True).print(line, soft_wrap=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -161,13 +163,13 @@ def _start(
 
 def say(console: Console, line: str) -> None:
     """Print a line as it is, without markup."""
-    console.print(Text(line), soft_wrap=True)
+    console.print(Text(one_line(line)), soft_wrap=True)
 
 
 def wide_console() -> Console:
     """A console for tables with long names: where no screen sets a width, they are not folded."""
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_WIDE)
+    console = PlainConsole()
+    return console if console.is_terminal or "COLUMNS" in os.environ else PlainConsole(width=_WIDE)
 
 
 # Commands register themselves, in the order in which help lists them.

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from fedveil.cli import Debug, app, say, wide_console
 from fedveil.errors import AuditError, ConfigurationError
 from fedveil.files import write_whole
+from fedveil.screen import PlainConsole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,7 +67,7 @@ def audit(
     from fedveil.report.audit_table import attack_table, check_lines, inferred_line
     from fedveil.report.page import write_page
 
-    console = Console()
+    console = PlainConsole()
     Manifest.read(run)  # a folder that is none is not made
     # What is audited must not grow meanwhile: a round under way has messages and no record.
     with RunFolder(run).held("audit") as place:
@@ -114,7 +114,7 @@ def report(
     """
     from fedveil.report.page import write_page
 
-    say(Console(), f"page: {write_page(run, out)}")
+    say(PlainConsole(), f"page: {write_page(run, out)}")
 
 
 @app.command()
@@ -140,7 +140,7 @@ def compare(
     wide_console().print(comparison_table(comparison))
     if plot is not None:
         plot_frontier(comparison, plot)
-        say(Console(), f"picture: {plot}")
+        say(PlainConsole(), f"picture: {plot}")
 
 
 @app.command()
@@ -182,7 +182,7 @@ def trace(
     from fedveil.audit.tracing import trace as follow
     from fedveil.report.audit_table import trace_table
 
-    console, evidence, leaked = Console(), Evidence(run), read_model(file)
+    console, evidence, leaked = PlainConsole(), Evidence(run), read_model(file)
     with console.status("comparing") as status:
 
         def tell(what: str) -> None:
@@ -199,7 +199,7 @@ def trace(
 
 
 def _show(found: Audit) -> None:
-    console = Console()
+    console = PlainConsole()
     console.print()
     console.print(found.sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print()

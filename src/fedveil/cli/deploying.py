@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fedveil.cli import Debug, File, app, say
 from fedveil.errors import ConfigurationError
+from fedveil.screen import PlainConsole
 
 if TYPE_CHECKING:
     from fedveil.deploy.checking import Survey
@@ -54,7 +55,7 @@ def init(
     from fedveil.deploy import Address, write_deployment
     from fedveil.deploy.architecture import given_to_clients
 
-    console, address = Console(), Address(host, port, public_port)
+    console, address = PlainConsole(), Address(host, port, public_port)
     config = load_config(file)
     with console.status("writing keys and settings"):
         owner, *partners = write_deployment(config, address, out)
@@ -94,7 +95,7 @@ def check(
     from fedveil.config import build_workplace, load_config
     from fedveil.deploy.checking import Survey
 
-    console = Console()
+    console = PlainConsole()
     config = load_config(folder / "partner.toml")
     _look(console, Survey.of(config), approve=approve)
     for name in ("node.key", "ca.crt", "supernode.sh"):

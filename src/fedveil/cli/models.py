@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from fedveil.cli import Debug, app, complain, say, wide_console
 from fedveil.errors import ConfigurationError
+from fedveil.screen import PlainConsole
 
 TextColumn = Annotated[str, typer.Option("--text", help="The column of texts.")]
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of a text; the rest is cut off.")]
@@ -129,7 +130,7 @@ def statistics(
             "There is such a file already", where=str(out), fix="Replace it with --overwrite."
         )
     settings = RegMean(examples=examples, exclude=tuple(exclude or ()))
-    reading, console = Reading(text, max_length, settings), Console()
+    reading, console = Reading(text, max_length, settings), PlainConsole()
     with _bars(console) as show:
         classifier = open_classifier(model)
         measured = measure(classifier, data, method, reading, show(f"statistics of {model}"))
@@ -193,7 +194,7 @@ def merge(
     from fedveil.aggregation import RegMean
     from fedveil.merging.folders import Reading, merge_folders
 
-    console = Console()
+    console = PlainConsole()
     settings = RegMean(examples=examples, off_diagonal=off_diagonal)
     with _bars(console) as show:
         merged = merge_folders(

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 from fedveil.cli import Debug, app, say
 from fedveil.errors import ConfigurationError
+from fedveil.log import LOG, PlainRecords
+from fedveil.screen import PlainConsole
 
 partner = typer.Typer(
     help="A client's own programs.", no_args_is_help=True, rich_markup_mode="rich"
@@ -56,14 +57,16 @@ def run(
     from fedveil.flower.serving import StopServing, serve
 
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("fedveil").setLevel(logging.INFO)
+    LOG.setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:  # what Flower logs, too
+        handler.addFilter(PlainRecords())
     config = load_config(file)
     place = build_workplace(config)
     mine = Partner(config.whose().name, place, config.whose().threads)
     folder = link or config.path.parent / "flwr" / "link"
     token, authority = _make_link(folder)
     _reach_this_machine_directly()
-    say(Console(), f"{mine.name} is ready, with {place.trainers[mine.name].examples} examples")
+    say(PlainConsole(), f"{mine.name} is ready, with {place.trainers[mine.name].examples} examples")
 
     def stop(number: int, frame: object) -> NoReturn:
         raise StopServing
@@ -74,7 +77,7 @@ def run(
         with closing(Runtime(f"127.0.0.1:{port}", token, authority)) as source:
             serve(mine, source)
     except StopServing:
-        say(Console(), f"{mine.name} has stopped")
+        say(PlainConsole(), f"{mine.name} has stopped")
 
 
 def _make_link(folder: Path) -> tuple[bytes, bytes]:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fedveil.cli import Debug, File, app, say
 from fedveil.errors import CheckpointError, ConfigurationError
+from fedveil.screen import PlainConsole
 
 if TYPE_CHECKING:
     from fedveil.config import Config
@@ -90,11 +91,11 @@ def run(
     folder = str(out.absolute()) if out is not None else None
     config = load_config(file).change(rounds=rounds, workers=workers, out=folder)
     if dry_run:
-        _rehearse(config, Console())
+        _rehearse(config, PlainConsole())
         return
     _check_return(from_round, config.federation.rounds, resume=resume, overwrite=overwrite)
     _check_folder(config, resume=resume, overwrite=overwrite)
-    console = Console()
+    console = PlainConsole()
     # Until the last result is written nobody else may work in the folder.
     with RunFolder(config.out).held() as place:
         place.check(_results(config))
@@ -170,7 +171,7 @@ def demo(
 
     run = run_demo if task is DemoTask.CLASSIFICATION else run_generation_demo
     name = "demo" if task is DemoTask.CLASSIFICATION else "demo-generation"
-    run(out or Path("runs") / name, workers or min(2, os.cpu_count() or 1), Console())
+    run(out or Path("runs") / name, workers or min(2, os.cpu_count() or 1), PlainConsole())
 
 
 def _rehearse(config: Config, console: Console) -> None:

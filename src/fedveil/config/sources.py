@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedveil.config.file import Config
-from fedveil.data import encode_labels, load_data, partition
-from fedveil.errors import ConfigurationError, DataError
+from fedveil.data import encode_labels, in_order, is_whole_number, load_data, partition
+from fedveil.errors import ConfigurationError, DataError, FedveilWarning
 
 if TYPE_CHECKING:
     import datasets
@@ -109,7 +113,7 @@ def _rows_of_partner(config: Config) -> Rows:
             found=repr(data.train),
             where=f"{config.path.name}: [data] train",
         )
-    rows = _draw(load_data(path), data.train_limit, config.federation.seed)
+    rows = _draw(load_data(path, numbers=False), data.train_limit, config.federation.seed)
     names = data.labels or []
     if data.has_classes:
         rows = _encode(rows, f"client {name}", data.label, names)
@@ -149,6 +153,8 @@ def load_source(config: Config, source: str, split: str | None) -> datasets.Data
     """
     where: str | Path = config.resolve(source) if is_file(config, source) else source
     words: dict[str, Any] = {"split": split} if split is not None else {}
+    # One file's classes may look like numbers where another's do not.
+    words["numbers"] = False
     if where is source:
         words.update(config=config.data.variant, revision=config.data.revision)
     return load_data(where, **words)
@@ -167,19 +173,39 @@ def _class_names(
     """The classes of all clients together, numbers in the order of numbers."""
     found = {who: _names(rows, who, label) for who, rows in parts.items()}
     first, *others = found.values()
-    if all(names == first for names in others) and not _are_numbers(first):
-        return first
-    union = sorted({name for names in found.values() for name in names})
-    if not _are_numbers(union):
-        return union
-    if num_labels is not None and all(0 <= int(name) < num_labels for name in union):
-        # Classes that are numbered already keep their numbers, also where one has no rows.
-        return [str(number) for number in range(num_labels)]
-    return sorted(union, key=int)
+    union = in_order({name for names in found.values() for name in names})
+    if not all(map(is_whole_number, union)):
+        _tell_of_likes(union, label)
+        return first if all(names == first for names in others) else union
+    numbers = [str(number) for number in range(num_labels or 0)]
+    # Classes that are numbered already keep their numbers, also where one has no rows.
+    return numbers if set(union) <= set(numbers) else union
 
 
-def _are_numbers(names: Sequence[str]) -> bool:
-    return all(name.lstrip("-").isdecimal() for name in names)
+def _tell_of_likes(names: Sequence[str], label: str) -> None:
+    """Warn of classes that are hardly meant to be several: "1" and "01", "yes" and "Yes "."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_gist(name), []).append(name)
+    alike = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    if alike:
+        more = f", and {len(alike) - 3} more" if len(alike) > 3 else ""
+        warnings.warn(
+            f'Classes in column "{label}" differ only in how they are written, and are told '
+            f"apart: {', '.join(alike[:3])}{more}. If they are one, write them alike in all files.",
+            FedveilWarning,
+            stacklevel=2,
+        )
+
+
+def _gist(name: str) -> str:
+    """What a name of a class says, however it is written."""
+    plain = unicodedata.normalize("NFKC", name).strip().casefold()
+    with suppress(ArithmeticError):
+        number = Decimal(plain)
+        if number.is_finite():
+            return str(number.normalize())
+    return plain
 
 
 def _names(rows: datasets.Dataset, who: str, label: str) -> list[str]:
@@ -200,7 +226,10 @@ def _blame(who: str, error: DataError) -> DataError:
     where = f"{who}, {error.where}" if error.where else who
     fix = error.fix
     if error.problem.startswith("a label is not among"):
-        fix = "Classes are those of the training rows; `labels` in [data] may name others."
+        fix = (
+            "Classes are taken as they are written, and are those of the training rows; `labels` "
+            "in [data] may name others."
+        )
     return DataError(
         error.problem, expected=error.expected, found=error.found, where=where, fix=fix
     )

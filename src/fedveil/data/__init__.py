@@ -11,7 +11,7 @@ from fedveil.data.demo import (
     mnist_5k,
     smollm2_folder,
 )
-from fedveil.data.labels import encode_labels
+from fedveil.data.labels import encode_labels, in_order, is_whole_number
 from fedveil.data.loading import load_data
 from fedveil.data.partitioning import partition
 
@@ -19,6 +19,8 @@ __all__ = [
     "bbc_headlines",
     "bbc_news",
     "encode_labels",
+    "in_order",
+    "is_whole_number",
     "load_data",
     "minilm_folder",
     "mnist_5k",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedveil.data.csv_files import read_csv
 from fedveil.data.library import library, quiet
 from fedveil.errors import ConfigurationError, DataError
 
@@ -23,11 +24,13 @@ def load_data(
     split: str = "train",
     config: str | None = None,
     revision: str | None = None,
+    numbers: bool = True,
 ) -> datasets.Dataset:
     """Load rows from a file or from the hub.
 
     A file is read into memory: unlike the libraries' own readers this leaves no copy of private
-    rows in a cache folder. In csv files an empty cell is a missing value; "NA" and "null" are text.
+    rows in a cache folder. In csv files every value is text as it stands ("007", "1e5", "NA"), and
+    an empty cell is a missing value.
 
     Args:
         source: A .csv, .json (a list of records), .jsonl or .parquet file; or a hub name such as
@@ -35,10 +38,13 @@ def load_data(
         split: Which part of a hub data set, such as "train" or "train[:10%]". A file has only one.
         config: Which variant of a hub data set, such as "sst2" of "nyu-mll/glue".
         revision: Which branch, tag or commit of a hub data set; its newest by default.
+        numbers: Whether a column of a csv file that is nothing but whole numbers, written as they
+            usually are, becomes one of numbers. False where its texts or classes may look so.
 
     Raises:
-        DataError: The file is missing, of another kind, empty or broken; or the hub has no such
-            data set or cannot be reached.
+        DataError: The file is missing, of another kind, empty or broken, or a row of it has more or
+            fewer values than there are columns; or the hub has no such data set or cannot be
+            reached.
         ConfigurationError: One of the three was given for a file, or the `hf` extra is missing.
     """
     path = Path(source)
@@ -51,13 +57,23 @@ def load_data(
             fix="Leave them out, and keep each split in a file of its own.",
         )
     with quiet():
-        dataset = _from_file(path) if is_file else _from_hub(str(source), split, config, revision)
+        dataset = (
+            _from_file(path, numbers)
+            if is_file
+            else _from_hub(str(source), split, config, revision)
+        )
     if len(dataset) == 0:
-        raise DataError("the data set is empty", expected="at least one row", where=str(source))
+        raise DataError(
+            "the data set is empty",
+            expected="at least one row",
+            found="0 rows",
+            where=str(source),
+            fix="Leave whoever has no rows out, or name another file or split.",
+        )
     return dataset
 
 
-def _from_file(path: Path) -> datasets.Dataset:
+def _from_file(path: Path, numbers: bool) -> datasets.Dataset:
     reader = _READERS.get(path.suffix.lower())
     if not path.is_file():
         raise _no_file(path)
@@ -70,9 +86,11 @@ def _from_file(path: Path) -> datasets.Dataset:
             fix="Convert it; pandas reads most formats.",
         )
     try:
-        return reader(path)
-    # pyarrow's TypeError: a column holds values of several types.
-    except (OSError, ValueError, TypeError) as error:
+        return reader(path, numbers)
+    except DataError:
+        raise
+    # RecursionError: JSON that is nested without end.
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
             "the file cannot be read", found=_first_line(error), where=str(path)
         ) from error
@@ -124,15 +142,13 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}".rstrip(".: ")
 
 
-def _read_csv(path: Path) -> datasets.Dataset:
-    # Without keep_default_na=False texts such as "None" or "NA" would turn into gaps.
-    frame = library("pandas").read_csv(path, keep_default_na=False, na_values=[""])
-    return library("datasets").Dataset.from_pandas(frame, preserve_index=False)
+def _read_csv(path: Path, numbers: bool) -> datasets.Dataset:
+    return read_csv(path, numbers=numbers)
 
 
-def _read_json(path: Path) -> datasets.Dataset:
+def _read_json(path: Path, numbers: bool) -> datasets.Dataset:
     # Not with pandas, which guesses at dates and so would change texts.
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".jsonl":
             records = [json.loads(line) for line in file if line.strip()]
         else:
@@ -142,15 +158,36 @@ def _read_json(path: Path) -> datasets.Dataset:
     # Dataset.from_list would drop every column that the first record lacks.
     names = dict.fromkeys(name for row in records for name in row)
     columns = {name: [row.get(name) for row in records] for name in names}
+    _check_types(path, columns)
     return library("datasets").Dataset.from_dict(columns)
 
 
-def _read_parquet(path: Path) -> datasets.Dataset:
+def _check_types(path: Path, columns: Mapping[str, Sequence[object]]) -> None:
+    """Refuse a column that no table could hold, and say which."""
+    for name, values in columns.items():
+        kinds = {type(value).__name__ for value in values if value is not None}
+        large = next((v for v in values if type(v) is int and v.bit_length() > 63), None)
+        if len(kinds) > 1 and kinds != {"int", "float"}:
+            found = " and ".join(sorted(kinds))
+        elif large is not None:
+            found = f"{str(large)[:40]}, of more than 64 bits"
+        else:
+            continue
+        raise DataError(
+            "the file cannot be read: a column holds what does not go together",
+            expected="values of one type; whole numbers of at most 64 bits",
+            found=found,
+            where=f'{path}, column "{name}"',
+            fix="Write all of it as texts, in quotation marks.",
+        )
+
+
+def _read_parquet(path: Path, numbers: bool) -> datasets.Dataset:
     table = library("pyarrow.parquet").read_table(path)
     return library("datasets").Dataset(table)
 
 
-_READERS: dict[str, Callable[[Path], datasets.Dataset]] = {
+_READERS: dict[str, Callable[[Path, bool], datasets.Dataset]] = {
     ".csv": _read_csv,
     ".json": _read_json,
     ".jsonl": _read_json,

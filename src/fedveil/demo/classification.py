@@ -32,6 +32,7 @@ from fedveil.federation import Federation, Result, Tuning
 from fedveil.report import ConsoleProgress, plot, summarize, table, write_summary
 from fedveil.report.page import write_page
 from fedveil.schemes import FedAvg, FedQSN, Scheme
+from fedveil.screen import PlainConsole
 from fedveil.secret import Secret
 from fedveil.shards import whole_folder
 from fedveil.training import Prepared, TextClassification, Trainer, Training
@@ -146,7 +147,7 @@ def run_demo(
         console: Where to show progress and the table.
         setting: Other numbers than the demo's own.
     """
-    console, setting = console or Console(), setting or Setting()
+    console, setting = console or PlainConsole(), setting or Setting()
     RunFolder(out).check(("summary.json", "summary.png", "model"))
     with offline(), fast_matmul(), ConsoleProgress(console) as progress:
         console.print(

@@ -31,6 +31,7 @@ from fedveil.files import write_whole
 from fedveil.report import ConsoleProgress
 from fedveil.report.words import DASH, human_bytes
 from fedveil.schemes import FedLPP, FedQSN, Scheme
+from fedveil.screen import PlainConsole
 from fedveil.secret import Secret
 from fedveil.shards import whole_folder
 from fedveil.training import CausalLM, Prepared, Training, evaluate, generate
@@ -92,7 +93,7 @@ def run_generation_demo(
         console: Where to show progress and the results.
         setting: Other numbers than the demo's own.
     """
-    console, setting = console or Console(), setting or GenerationSetting()
+    console, setting = console or PlainConsole(), setting or GenerationSetting()
     with offline(), fast_matmul(), ConsoleProgress(console) as progress:
         with console.status("SmolLM2 is unpacked (once) and loaded"):
             model, task, clients, test, shown = prepare(setting)

@@ -10,6 +10,7 @@ from pathlib import Path
 from fedveil.config import Config
 from fedveil.config.code import Approvals, Piece, code_of, read_piece
 from fedveil.deploy.init import PROGRAMS, programs_of
+from fedveil.printable import one_line
 
 __all__ = ["Survey"]
 
@@ -93,7 +94,7 @@ class Survey:
             if before != piece.digest:
                 state = "CHANGED since it was approved"
             what = "code" if piece.path.suffix == ".py" else "not as this fedveil writes it"
-            yield f"  {_plain(piece.path)}: {what}, {len(piece.data)} bytes, {state}"
+            yield f"  {one_line(str(piece.path))}: {what}, {len(piece.data)} bytes, {state}"
             yield f"    sha256 {piece.digest}"
             if before != piece.digest:
                 yield f"    approved was sha256 {before}"
@@ -104,12 +105,6 @@ class Survey:
         if self.others:
             names = ", ".join(map(ascii, self.others[:10]))
             yield f"  also there, and run by nothing of fedveil's: {names}"
-
-
-def _plain(path: Path) -> str:
-    """A path that cannot write over a terminal's lines."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
 
 
 def _scripts(folder: Path) -> Sequence[Path]:

@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import tomli_w
 
 from fedveil.errors import ConfigurationError
 
-__all__ = ["write_private", "write_program", "write_public"]
+__all__ = ["to_toml", "write_private", "write_program", "write_public"]
+
+
+def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables as a file of TOML, whatever texts are in them: what is read of it is what was given.
+
+    Args:
+        tables: Values of TOML; tuples, which become arrays; settings that are dataclasses, which
+            become tables, or a word if they have nothing but a name; and None, which is left out.
+
+    Raises:
+        ConfigurationError: A value is none that TOML has, such as half a character of UTF-16.
+    """
+    try:
+        text = tomli_w.dumps(_plain(tables))
+        text.encode()
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            "A setting cannot be written in TOML",
+            expected="texts of whole characters, numbers, true and false, dates, and arrays and "
+            "tables of these",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+    return text
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        name = getattr(value, "name", None)
+        return _plain({"name": name, **fields}) if fields or name is None else name
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
 
 
 def write_private(path: Path, data: bytes) -> None:

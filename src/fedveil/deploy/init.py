@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import itertools
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,14 +17,14 @@ from typing import Any
 from torch import nn
 
 from fedveil.config import Config, build, open_secret
-from fedveil.config.tables import RANDOM, is_function
+from fedveil.config.tables import NONE, RANDOM, is_function
 from fedveil.deploy.architecture import (
     check_tokenizer,
     given_to_clients,
     save_architecture,
     save_tokenizer,
 )
-from fedveil.deploy.files import write_program, write_public
+from fedveil.deploy.files import to_toml, write_program, write_public
 from fedveil.deploy.functions import check_function
 from fedveil.deploy.keys import write_certificates, write_node_key
 from fedveil.errors import ConfigurationError
@@ -141,7 +140,7 @@ def _write_owner(config: Config, address: Address, owner: Path) -> None:
         "public_port": address.public_port,
         "host": address.host,
         "address": f"{address.host if address.is_local else '127.0.0.1'}:{address.port}",
-        "ca": (owner / "tls" / "ca.crt").absolute(),
+        "ca": str((owner / "tls" / "ca.crt").absolute()),
         "folder": owner.absolute(),
         "names": ", ".join(config.partners.names),
         "given": "\n".join(f"- {line}" for line in given_to_clients(config))
@@ -158,7 +157,11 @@ def _write_owner(config: Config, address: Address, owner: Path) -> None:
     if not address.is_local:  # each container has a 127.0.0.1 of its own
         for name in _CONTAINERS:
             write_public(owner / name, _filled(f"owner/{name}", words))
-    write_public(owner / "flwr" / "config.toml", _filled("owner/config.toml", words))
+    flower = {"address": words["address"], "root-certificates": words["ca"]}
+    write_public(
+        owner / "flwr" / "config.toml",
+        to_toml({"superlink": {"default": "owner", "owner": flower}}),
+    )
     write_public(owner / "app" / "pyproject.toml", _filled("owner/pyproject.toml", words))
 
 
@@ -250,37 +253,27 @@ def _partner_file(config: Config, name: str) -> str:
     if config.model.dtype != "float32":
         model["dtype"] = config.model.dtype
     data = {key: value for key, value in config.data.model_dump().items() if key in _DATA}
-    scheme = {"name": config.scheme.name}
-    for field in dataclasses.fields(config.scheme):  # type: ignore[arg-type]
-        if field.name in config.scheme.client_fields:
-            scheme[field.name] = getattr(config.scheme, field.name)
+    scheme = _settings(config.scheme)
+    known = {name: scheme[name] for name in scheme if name in config.scheme.client_fields}
     tables = {
         "partner": {"name": name, "threads": 1},
         "model": model,
         "data": {"train": "data.csv", **data},
-        "scheme": scheme,
-        "training": dataclasses.asdict(config.training),
+        "scheme": {"name": config.scheme.name, **known},
+        "training": _settings(config.training),
     }
     head = f"# What {name} has. Change `train` in [data] to where your data are.\n"
-    return head + "\n".join(_table(title, values) for title, values in tables.items())
+    return head + to_toml(tables)
 
 
-def _table(title: str, values: Mapping[str, Any]) -> str:
-    lines = [f"{key} = {_value(value)}" for key, value in values.items() if value is not None]
-    return "\n".join([f"[{title}]", *lines, ""])
-
-
-def _value(value: Any) -> str:
-    """A value in TOML, whose strings, numbers and lists are written as in JSON."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {"name": getattr(value, "name", None), **dataclasses.asdict(value)}
-        if set(fields) == {"name"}:
-            return json.dumps(fields["name"])
-        inner = (f"{key} = {_value(one)}" for key, one in fields.items() if one is not None)
-        return f"{{ {', '.join(inner)} }}"
-    if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{key} = {_value(one)}' for key, one in value.items())} }}"
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+def _settings(values: Any) -> dict[str, Any]:
+    """The fields of a settings dataclass as a file says them: None is a word where something else
+    would be meant by silence."""
+    written = {}
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        written[field.name] = NONE if value is None and field.default is not None else value
+    return written
 
 
 def _container_words(address: Address) -> dict[str, str]:

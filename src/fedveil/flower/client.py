@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,11 +12,10 @@ from fedveil.engine.crew import Job, threads
 from fedveil.engine.in_process import Workplace, work
 from fedveil.errors import FedveilError, ProtocolError, WireError
 from fedveil.flower.payload import pack, unpack
+from fedveil.log import LOG
 from fedveil.wire import Message as Wire
 
 __all__ = ["Partner", "answer", "client_app"]
-
-_LOG = logging.getLogger("fedveil")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def client_app(partner: Callable[[Context], Partner]) -> ClientApp:
         try:
             facts = {"client": partner(context).name}
         except Exception:
-            _LOG.exception("This client is not set up")
+            LOG.exception("This client is not set up")
             facts = {}
         return Message(content=pack(None, facts), reply_to=message)
 
@@ -72,7 +70,7 @@ def answer(train: Callable[[], RecordDict]) -> RecordDict:
     try:
         return train()
     except Exception as error:
-        _LOG.exception("This round's training failed")
+        LOG.exception("This round's training failed")
         kind = type(error).__name__ if isinstance(error, FedveilError) else "other"
         return pack(None, {"failure": kind})
 

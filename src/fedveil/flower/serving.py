@@ -6,7 +6,6 @@ the installed fedveil answers, with model and data that are ready since the prog
 
 from __future__ import annotations
 
-import logging
 import threading
 from contextlib import suppress
 from typing import Protocol
@@ -19,12 +18,11 @@ from fedveil.flower.bundle import check_bundle
 from fedveil.flower.client import Partner, client_app
 from fedveil.flower.payload import unpack
 from fedveil.flower.runtime import Assignment, LostError, failed, refused
+from fedveil.log import LOG
 from fedveil.schemes.client import examples_of
 from fedveil.wire import Message as Update
 
 __all__ = ["Source", "StopServing", "serve"]
-
-_LOG = logging.getLogger("fedveil")
 
 _POLL = 0.5
 """Seconds between two looks for a message."""
@@ -65,13 +63,13 @@ def serve(partner: Partner, source: Source) -> None:
             found = source.take()
         except LostError as problem:
             if not lost:
-                _LOG.warning("Waiting for the SuperNode: %s", problem)
+                LOG.warning("Waiting for the SuperNode: %s", problem)
             lost = True
             pause.wait(waiting)
             waiting = min(2 * waiting, _LONGEST)
             continue
         if lost:
-            _LOG.info("The SuperNode is there")
+            LOG.info("The SuperNode is there")
         waiting, lost = _POLL, False
         if found is None:
             pause.wait(_POLL)
@@ -89,13 +87,13 @@ def _attend(app: ClientApp, found: Assignment) -> None:
                 trained = _trained(reply)
                 found.answer(reply)
                 if trained:
-                    _LOG.info("%s, update sent", trained)
+                    LOG.info("%s, update sent", trained)
             except StopServing:
                 with suppress(LostError):  # both programs are told to end, and it may be gone
                     found.answer(failed(message, "stopped"), _LAST)
                 raise
         except LostError as problem:
-            _LOG.warning("Run %d: a reply is lost: %s", found.run, problem)
+            LOG.warning("Run %d: a reply is lost: %s", found.run, problem)
 
 
 def _trained(reply: Message) -> str:
@@ -115,7 +113,7 @@ def _reply(
     try:
         _check(found, bundle)
     except ProtocolError as problem:
-        _LOG.error("Run %d is refused, and nothing of its app was run. %s", found.run, problem)
+        LOG.error("Run %d is refused, and nothing of its app was run. %s", found.run, problem)
         with suppress(Exception):  # what comes is not looked at, but a SuperNode must be rid of it
             found.content()
         return refused(message)
@@ -124,7 +122,7 @@ def _reply(
     except LostError:
         raise
     except Exception as error:
-        _LOG.exception("Run %d: a message could not be answered", found.run)
+        LOG.exception("Run %d: a message could not be answered", found.run)
         kind = type(error).__name__ if isinstance(error, FedveilError) else "other"
         return failed(message, kind)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import Counter
@@ -29,6 +28,7 @@ from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import ConfigurationError, FedveilError, ProtocolError
 from fedveil.flower.directory import ByNode, Directory
 from fedveil.flower.payload import pack, unpack
+from fedveil.log import LOG
 from fedveil.schemes import Facts, Scheme, examples_of, with_aggregation
 from fedveil.secret import Secret
 from fedveil.selection import Selection
@@ -37,8 +37,6 @@ from fedveil.wire import Limits, Section, reply_limits
 from fedveil.wire import Message as Wire
 
 __all__ = ["ModelPrivacy"]
-
-_LOG = logging.getLogger("fedveil")
 
 _ARRAYS, _METRICS = "arrays", "metrics"
 
@@ -183,7 +181,7 @@ class ModelPrivacy(Strategy):
             if all(bool(torch.isfinite(end[name]).all()) for name in start):
                 self._replies.decide(start, end)
             else:
-                _LOG.error("Round %d is not applied: no finite model came of it", server_round)
+                LOG.error("Round %d is not applied: no finite model came of it", server_round)
         self._server.end_round()
         return (None if arrays is None else self._arrays()), metrics
 
@@ -201,7 +199,7 @@ class ModelPrivacy(Strategy):
 
     def summary(self) -> None:
         """Log the scheme and what is inside."""
-        _LOG.info("Nodes are sent proxies of the scheme %s", type(self._server).__name__)
+        LOG.info("Nodes are sent proxies of the scheme %s", type(self._server).__name__)
         self._inner.summary()
 
     def final(self) -> StateDict:
@@ -245,7 +243,7 @@ class ModelPrivacy(Strategy):
         node = message.metadata.src_node_id
         client = self._asked.get(node)
         if client is None or message.has_error():
-            _LOG.warning("A node gave no answer: %s", client or node)
+            LOG.warning("A node gave no answer: %s", client or node)
             return None
         try:
             data, facts = unpack(message.content)
@@ -256,7 +254,7 @@ class ModelPrivacy(Strategy):
             reply = Wire.from_bytes(data, limits=self._awaited[client])
             claim = Claim(examples_of(reply), self._server.inspect(client, reply))
         except FedveilError as error:
-            _LOG.warning("%s's answer cannot be used: %s", client, error)
+            LOG.warning("%s's answer cannot be used: %s", client, error)
             return None
         told = _metrics_of(message) or {
             name: value for name, value in reply.scalars.items() if type(value) is float
@@ -267,7 +265,7 @@ class ModelPrivacy(Strategy):
     def _make_whole(self, reply: _Reply, bounded: Bounded, start: StateDict) -> None:
         """Let a reply be as the inner strategy expects it, as far as it may count."""
         for cut in bounded.cuts:
-            _LOG.warning("%s counts for less: %s", reply.client, cut)
+            LOG.warning("%s counts for less: %s", reply.client, cut)
         self._server.absorb(reply.client, reply.wire, bounded.weight, bounded.scales)
         update = self._replies.latest
         whole = {name: t + update[name] if name in update else t for name, t in start.items()}
@@ -463,7 +461,7 @@ def _like_most(replies: Mapping[str, _Reply], most: float | None) -> dict[str, _
     for client, reply in replies.items():
         told = {name: reply.tells(name) for name in usual}
         if not all(value is not None and math.isfinite(value) for value in told.values()):
-            _LOG.warning("%s's answer cannot be used: its metrics are not the others'", client)
+            LOG.warning("%s's answer cannot be used: its metrics are not the others'", client)
         else:
             kept[client] = replace(reply, told={n: v for n, v in told.items() if v is not None})
     if most is None:
@@ -472,6 +470,6 @@ def _like_most(replies: Mapping[str, _Reply], most: float | None) -> dict[str, _
         bound = most * lower_median(abs(reply.told[name]) for reply in kept.values())
         for client, reply in kept.items():
             if abs(value := reply.told[name]) > bound:
-                _LOG.warning("%s's %s of %g counts as %g", client, name, value, bound)
+                LOG.warning("%s's %s of %g counts as %g", client, name, value, bound)
                 reply.told[name] = math.copysign(bound, value)
     return kept

@@ -111,7 +111,7 @@ def measure(
     Raises:
         FedveilError: The data or the method do not fit.
     """
-    rows = load_data(data)
+    rows = load_data(data, numbers=False)
     if reading.text not in rows.column_names:
         raise missing_column(reading.text, rows.column_names)
     longest = getattr(classifier.model.config, "max_position_embeddings", None)

@@ -17,7 +17,9 @@ from rich.progress import (
 from rich.text import Text
 
 from fedveil.engine import Observer, RoundRecord
+from fedveil.printable import one_line
 from fedveil.report.words import human_bytes, human_percent, human_seconds
+from fedveil.screen import PlainConsole
 from fedveil.training.metrics import metric_in
 
 __all__ = ["ConsoleProgress"]
@@ -38,7 +40,7 @@ class ConsoleProgress(Observer):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
+        self._console = console or PlainConsole()
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._rounds = self._finished = self._clients = 0
@@ -150,7 +152,7 @@ class ConsoleProgress(Observer):
 
     def _say(self, line: str, style: str = "") -> None:
         # Text, not markup: names and reasons may hold brackets. Lines are left whole for grep.
-        self._console.print(Text(line, style=style), soft_wrap=True)
+        self._console.print(Text(one_line(line), style=style), soft_wrap=True)
 
 
 def _reached(measures: Mapping[str, float]) -> str:

@@ -1,9 +1,14 @@
-"""HTML in which a text cannot become markup: whatever is not :class:`Html` is escaped."""
+"""HTML in which a text cannot become markup: whatever is not :class:`Html` is escaped.
+
+Nor can it turn around the direction of what it stands in.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+
+from fedveil.printable import printable
 
 __all__ = ["Html", "Node", "listing", "scrolling", "table", "tag"]
 
@@ -28,7 +33,7 @@ def tag(name: str, *content: Node, **attributes: str | int | None) -> Html:
             Those that are None are left out.
     """
     words = [
-        f'{key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
+        f'{key.rstrip("_").replace("_", "-")}="{escape(printable(str(value)))}"'
         for key, value in attributes.items()
         if value is not None
     ]
@@ -90,7 +95,7 @@ def _flat(content: Node) -> Iterable[str]:
         yield content
     elif isinstance(content, str):
         # A percent sign belongs to its number: no line ends between them.
-        yield escape(content).replace(" %", "&nbsp;%")
+        yield escape(printable(content)).replace(" %", "&nbsp;%")
     else:
         for part in content:
             yield from _flat(part)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import signal
 import threading
@@ -17,10 +16,9 @@ from fedveil.engine import Observer, RoundRecord
 from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import CheckpointError, ConfigurationError
 from fedveil.files import PRIVATE_FILE, write_whole
+from fedveil.log import LOG
 
 __all__ = ["MLflow", "TensorBoard", "Tracker", "numbers_of", "watched"]
-
-_LOG = logging.getLogger("fedveil")
 
 Name = Literal["tensorboard", "mlflow"]
 
@@ -188,7 +186,7 @@ class _Guarded:
             with _interrupted_later():
                 getattr(self._tracker, event)(*words)
         except Exception as error:
-            _LOG.warning("%s fails and is left out: %s", type(self._tracker).__name__, error)
+            LOG.warning("%s fails and is left out: %s", type(self._tracker).__name__, error)
             self._tracker = None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedveil.errors import ConfigurationError, DataError
+from fedveil.training.conversations import are_messages, check_answers, for_template, text_of
 from fedveil.training.tasks import (
     Batch,
     Dataset,
@@ -55,8 +56,9 @@ class LanguageModelling:
     ``"Summarize:\\n{dialogue}\\nSummary:"``. Lists become text there: items between " | ", those of
     inner lists between " : ", as data-to-text sets are usually written out.
 
-    Messages (``role`` and ``content``) are written by the tokenizer's chat template. Only the
-    answer counts, with its end token; what is beyond ``max_length`` is cut off on the right.
+    Messages (``role`` and ``content``) are written by the tokenizer's chat template. An answer is
+    text of the assistant's: a row that ends in a call of a tool is refused. Only the answer counts,
+    with its end token; what is beyond ``max_length`` is cut off on the right.
 
     Args:
         tokenizer: One of transformers, with a padding token.
@@ -194,20 +196,24 @@ class LanguageModelling:
         """Prompt and answer of each row; of plain texts the prompt is empty."""
         names = column_names(data)
         if self.messages in names:
-            return [self._split(row, m) for row, m in enumerate(column(data, self.messages))]
+            pairs = [self._split(row, m) for row, m in enumerate(column(data, self.messages))]
+            check_answers((answer for _, answer in pairs), self.messages)
+            return pairs
         if not self._fields.isdisjoint(names) or not self.plain:
-            return list(zip(cells(data, self.prompt), cells(data, self.completion), strict=True))
+            pairs = list(zip(cells(data, self.prompt), cells(data, self.completion), strict=True))
+            check_answers((answer for _, answer in pairs), self.completion)
+            return pairs
         return [("", text) for text in column(data, self.text)]  # says if there is none
 
     def _references(self, data: Dataset, row: int, answer: Any) -> list[str]:
         """All right answers that one row knows."""
         if self.references is None:
-            text = _content(answer[-1]) if _are_messages(answer) and answer else answer
+            text = text_of(answer[-1]) if are_messages(answer) and answer else answer
             if not isinstance(text, str):
                 raise _bad_row(row, "holds no text", "a string", repr(text), self.completion)
             return [text.strip()]
         found = data[row].get(self.references)
-        if not _are_messages(found) or not found or not all(isinstance(t, str) for t in found):
+        if not are_messages(found) or not found or not all(isinstance(t, str) for t in found):
             raise _bad_row(
                 row, "has no references", "a list of texts", repr(found), self.references
             )
@@ -218,23 +224,18 @@ class LanguageModelling:
             raise _bad_row(
                 row, "has no conversation", "at least two messages", messages, self.messages
             )
-        if _role(messages[-1]) != "assistant":
-            raise _bad_row(
-                row, "does not end with an answer", 'a last message of role "assistant"',
-                _role(messages[-1]), self.messages,
-            )  # fmt: skip
         return list(messages[:-1]), list(messages[-1:])
 
     def _tokens(self, row: int, prompt: Any, answer: Any) -> tuple[list[int], list[int]]:
         """Tokens of prompt and answer, the latter with what ends it."""
-        if _are_messages(prompt) and _are_messages(answer):
+        if are_messages(prompt) and are_messages(answer) and answer:
             return self._chat(row, list(prompt), list(answer))
         for value, where in ((prompt, self.prompt), (answer, self.completion)):
             if not isinstance(value, str):
                 raise _bad_row(row, "holds no text", "a string", type(value).__name__, where)
         before = self._beginning(prompt)
         after = self.tokenizer(answer, add_special_tokens=False).input_ids
-        if not after:
+        if not after or not answer.strip():
             raise _bad_row(row, "has an empty answer", "some text", repr(answer), self.completion)
         end = self.tokenizer.eos_token_id
         return before, list(after) + ([] if end is None else [end])
@@ -246,10 +247,8 @@ class LanguageModelling:
                 where=f"row {row}",
                 fix="Set tokenizer.chat_template, or give prompts and completions as text.",
             )
-        if not any(str(_content(message)).strip() for message in answer):
-            raise _bad_row(row, "has an empty answer", "some text", repr(answer), self.messages)
-        before = self._template(prompt, add_generation_prompt=True)
-        whole = self._template(prompt + answer)
+        before = self._template(row, prompt, add_generation_prompt=True)
+        whole = self._template(row, prompt + answer)
         if whole[: len(before)] != before:
             raise DataError(
                 "the chat template writes a prompt otherwise when an answer follows",
@@ -258,8 +257,17 @@ class LanguageModelling:
             )
         return before, whole[len(before) :]
 
-    def _template(self, messages: list[Any], **settings: bool) -> list[int]:
-        found = self.tokenizer.apply_chat_template(messages, tokenize=True, **settings)
+    def _template(self, row: int, messages: list[Any], **settings: bool) -> list[int]:
+        try:
+            found = self.tokenizer.apply_chat_template(
+                for_template(messages), tokenize=True, **settings
+            )
+        except Exception as error:  # a template is a program, and may refuse what it is given
+            raise DataError(
+                f"row {row} cannot be written by the tokenizer's chat template",
+                expected="messages with roles in an order that the template knows",
+                found=f"{type(error).__name__}: {error}"[:200],
+            ) from error
         return list(found["input_ids"] if isinstance(found, Mapping) else found)
 
     def _beginning(self, prompt: str) -> list[int]:
@@ -391,21 +399,13 @@ def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
     return shifted.masked_fill(shifted == IGNORED, start if pad is None else pad)
 
 
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None
-
-
-def _content(message: Any) -> Any:
-    return message.get("content") if isinstance(message, Mapping) else None
-
-
 def _bad_row(row: int, problem: str, expected: str, found: Any, name: str) -> DataError:
     return DataError(
-        f"row {row} {problem}", expected=expected, found=str(found)[:60], where=f'column "{name}"'
+        f"row {row} {problem}",
+        expected=expected,
+        found=str(found)[:60],
+        where=f'column "{name}"',
+        fix="Drop the row, or fill it.",
     )
 
 

@@ -223,7 +223,7 @@ def device_of(model: nn.Module) -> torch.device:
 def longest_input(model: nn.Module) -> int | None:
     """Tokens that a model can read at once; None if it does not say, or has no limit."""
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(longest, int):
+    if not isinstance(longest, int) or longest < 1:  # of XLNet it is -1
         return None
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from beyond the padding token's number.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, DataError
+from fedveil.training.padding import check_padding, reads_last_place, turned_left
 from fedveil.training.tasks import (
     Batch,
     Classification,
@@ -26,11 +27,14 @@ _PAD_ADVICE = "Asking-to-pad-a-fast-tokenizer"
 class TextClassification(Classification):
     """Give each text, or pair of texts, one of several classes.
 
-    Texts are tokenised once per data set; a batch is padded to its longest text only.
+    Texts are tokenised once per data set; a batch is padded to its longest text only, where the
+    model's score of a text does not depend on it: on the right, whatever side the tokenizer says.
+    Texts that are too long are cut on the tokenizer's ``truncation_side``.
 
     Args:
         tokenizer: Called as tokenizer(texts, [pairs,] truncation=True, max_length=n), and its
-            `pad` method with return_tensors="pt". Every tokenizer of transformers fits.
+            `pad` method with return_tensors="pt"; with padding_side="right", too, if it has such an
+            attribute. Every tokenizer of transformers fits.
         num_labels: How many classes there are; None to learn it from the model's output.
         text: The column of texts.
         label: The column of class numbers.
@@ -93,6 +97,7 @@ class TextClassification(Classification):
             {**{key: values[row] for key, values in encoded.items()}, "labels": label}
             for row, label in enumerate(labels)
         ]
+        self._check_lengths(rows)
         return Prepared(rows, lengths=[len(row["input_ids"]) for row in rows])
 
     def classes_in(self, data: Prepared) -> list[int]:
@@ -100,17 +105,24 @@ class TextClassification(Classification):
         return sorted({row["labels"] for row in data.select(range(len(data)))})
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Token tensors padded to the longest row, shape [B, L], and labels, shape [B]."""
+        """Token tensors padded on the right to the longest row, [B, L], and labels, shape [B]."""
         tokens = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
         batch = dict(self._pad(tokens))
         batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
         return batch
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's `logits` for the batch, shape [B, C]."""
+        """The model's `logits` for the batch, shape [B, C].
+
+        Raises:
+            ConfigurationError: The model would take another token for padding than the tokenizer.
+        """
         check_tokens(model, batch["input_ids"])
+        check_padding(model, self.tokenizer)
         # The loss is computed here, in float32, not by the model: labels are left out.
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        if reads_last_place(model):
+            inputs = turned_left(inputs)
         logits = model(**inputs).logits
         assert isinstance(logits, Tensor)
         return logits
@@ -120,11 +132,33 @@ class TextClassification(Classification):
         advice = getattr(self.tokenizer, "deprecation_warnings", None)
         if isinstance(advice, dict):
             advice.setdefault(_PAD_ADVICE, True)
-        padded: Mapping[str, Tensor] = self.tokenizer.pad(tokens, return_tensors="pt")
+        # On the left a token's place, which many models read, would depend on the other texts.
+        side = {"padding_side": "right"} if hasattr(self.tokenizer, "padding_side") else {}
+        padded: Mapping[str, Tensor] = self.tokenizer.pad(tokens, return_tensors="pt", **side)
         return padded
+
+    def _check_lengths(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for number, row in enumerate(rows):
+            if not row["input_ids"]:
+                raise DataError(
+                    f"row {number} has a text without any token",
+                    expected="some text",
+                    found="an empty one",
+                    where=f'column "{self.text}"',
+                    fix="Drop the row.",
+                )
 
     def _texts(self, data: Dataset, name: str) -> list[str]:
         texts = list(column(data, name))
+        if all(value is None or value == "" or value != value for value in texts):
+            raise DataError(
+                "a column of texts holds none",
+                expected="text in every row",
+                found=f"{type(texts[0]).__name__ if texts[0] != '' else 'nothing'} "
+                f"in all rows ({len(texts)})",
+                where=f'column "{name}"',
+                fix="Fill it, or name the column that the texts are in.",
+            )
         for row, value in enumerate(texts):
             if not isinstance(value, str):
                 raise DataError(
@@ -132,6 +166,9 @@ class TextClassification(Classification):
                     expected="a string",
                     found=type(value).__name__,
                     where=f'column "{name}"',
-                    fix="Drop the row, or convert it to a string.",
+                    fix="Drop the row."
+                    if value is None
+                    else "Convert it to a string; load_data(..., numbers=False) reads all of a csv "
+                    "file so.",
                 )
         return texts

@@ -117,7 +117,8 @@ class Plan:
             raise WireError(
                 "the message cannot be written: its header is too long",
                 expected=f"up to {_LARGEST_HEADER} bytes",
-                found=f"{length}",
+                found=f"{length} bytes",
+                fix="It grows with the number of tensors, and with the texts among the scalars.",
             )
         return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length).encode("ascii")
 
@@ -279,6 +280,9 @@ def _split(raw: memoryview, limits: Limits) -> tuple[str, memoryview]:
             "header too large",
             expected=f"up to {limits.max_header_bytes} bytes",
             found=f"{length} bytes",
+            fix="It has some hundred bytes for each tensor of a model. Raise "
+            "Limits.max_header_bytes if one of so many tensors is meant; else this is no message "
+            "of fedveil's, or a damaged one.",
         )
     if length > len(raw) - _LENGTH_BYTES:
         raise WireError(
