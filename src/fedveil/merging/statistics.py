@@ -218,9 +218,9 @@ def statistics_of(
     if method == "regmean":
         trainer = Trainer(task, prepared, Training())
 
-        def replay(model: nn.Module, examples: int) -> Iterator[Batch]:
+        def replay(model: nn.Module, examples: int, batch_size: int = 32) -> Iterator[Batch]:
             done = 0
-            for batch in trainer.replay(model, examples):
+            for batch in trainer.replay(model, examples, batch_size=batch_size):
                 yield batch
                 done += len(batch["labels"])
                 progress(done, len(prepared))

@@ -64,9 +64,9 @@ class LocalRun:
         """See :meth:`Trainer.train`."""
         return self.trainer.train(model, seed=self.seed)
 
-    def replay(self, model: nn.Module, examples: int) -> Iterator[Batch]:
+    def replay(self, model: nn.Module, examples: int, batch_size: int = 32) -> Iterator[Batch]:
         """See :meth:`Trainer.replay`."""
-        return self.trainer.replay(model, examples, seed=self.seed)
+        return self.trainer.replay(model, examples, seed=self.seed, batch_size=batch_size)
 
 
 class Trainer:
