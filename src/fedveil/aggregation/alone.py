@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
 
-__all__ = ["Alone", "Call", "UnclearError", "Known", "evaluating", "run_alone"]
+__all__ = ["Alone", "Call", "Known", "UnclearError", "evaluating", "run_alone"]
 
 _IGNORED = -100
 # The second sequence of a model with two, in transformers' words and in those of torch.

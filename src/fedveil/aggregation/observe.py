@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedveil.aggregation.alone import Alone, Call, UnclearError, Known, evaluating, run_alone
+from fedveil.aggregation.alone import Alone, Call, Known, UnclearError, evaluating, run_alone
 from fedveil.aggregation.gram import Form, Moments
 from fedveil.aggregation.linear import LinearLayer, reading, rows_of
 from fedveil.errors import ConfigurationError, TrainingError
@@ -71,7 +71,7 @@ class GramHooks:
         self._now: dict[tuple[int, int, object], tuple[weakref.ref[Tensor], str]] = {}
         self._known, self._depth = Known(), 0
         self._how: _How = "outside"
-        self._axes_differ, self._batch_size = False, 0
+        self._axes_differ, self._batch_size, self._empty = False, 0, False
         self._pending: dict[str, list[Tensor]] = defaultdict(list)
         self._differing: set[str] = set()
         self._reached: set[str] | None = None
@@ -93,6 +93,7 @@ class GramHooks:
         ]
         handles += [
             self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._model.register_forward_hook(self._finish),
             self._model.register_forward_hook(self._leave, always_call=True),
         ]
         fused = torch.backends.mha.get_fastpath_enabled()
@@ -100,7 +101,7 @@ class GramHooks:
         try:
             with torch.compiler.set_stance("force_eager"):
                 yield
-                self._count_example()
+                self._end_single()
                 # The Gram that they shared once is not theirs: they are averaged.
                 for name in self._differing:
                     del self.same_input[name]
@@ -125,7 +126,7 @@ class GramHooks:
             batch: All tensors of the batch, if they are known.
             single: Whether it is of one example.
         """
-        self._count_example()
+        self._end_single()
         self._known = Known(mask, batch, single)
         self._check_nothing_held()
 
@@ -133,7 +134,6 @@ class GramHooks:
         self._depth += 1
         if self._depth > 1:
             return  # one example of a batch, or a model that calls itself
-        self._count_example()
         self._check_nothing_held()
         clipped = self._clip is not None
         try:
@@ -153,19 +153,23 @@ class GramHooks:
         else:
             self._how = "together"
 
+    def _finish(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if self._depth == 1 and self._how == "alone":
+            self._end_example()
+
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Also after an error, where torch hides those of hooks: nothing here raises any."""
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
-            if self._how == "alone":
-                self._count_example()
             self._how = "outside"
             self._now.clear()
 
     def _run(self, example: Alone) -> None:
-        self._how = "alone"
+        self._how, self._empty = "alone", example.empty
         self._now.clear()
         run_alone(self._model, example)
-        self._count_example(empty=example.empty)
+        self._empty = False
+        self._end_example()
         self._check_nothing_held()
 
     def _needs_taking_apart(self, call: Call) -> bool:
@@ -202,7 +206,9 @@ class GramHooks:
         if how == "alone":
             # A copy, as the model may go on in place.
             if rows.numel():
-                self._pending[name].append(rows.flatten(0, 1).clone())
+                rows = rows.flatten(0, 1)
+                kept = torch.zeros_like(rows) if self._empty else rows.clone()
+                self._pending[name].append(kept)
             return
         weights = torch.ones(rows.shape[:2], device=rows.device)
         weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
@@ -237,25 +243,33 @@ class GramHooks:
             self._differing.add(name)
         return known != name
 
-    def _count_example(self, empty: bool = False) -> None:
-        """Add what layers have seen of one example, if there is any."""
+    def _end_single(self) -> None:
+        """A batch of one example ends: all that was run in it, in however many calls, is of it."""
+        if self._known.single:
+            self._count_example()
+
+    def _end_example(self) -> None:
+        if not self._known.single:
+            self._count_example()
+
+    def _count_example(self) -> None:
+        """Add what layers have seen of one example."""
         pending, self._pending = self._pending, defaultdict(list)
         self._now.clear()
-        if not pending:
-            return
         if self._clip is not None:
             self._check_reached(pending.keys())
         for name, calls in pending.items():
             # Each call's positions together weigh as much as those of any other call.
-            parts = [
-                rows * rows.new_tensor(len(rows) * len(calls)).reciprocal().sqrt() for rows in calls
-            ]
-            rows = torch.cat(parts)
-            rows = torch.zeros_like(rows) if empty else rows
+            rows = torch.cat(
+                [
+                    rows * rows.new_tensor(len(rows) * len(calls)).reciprocal().sqrt()
+                    for rows in calls
+                ]
+            )
             self.moments[name].add(rows if self._clip is None else _clipped(rows, self._clip, name))
             self.examples[name] += 1
 
-    def _check_reached(self, names: Any) -> None:
+    def _check_reached(self, names: Collection[str]) -> None:
         """A layer that only some examples reach tells by its Gram that one was there."""
         self._reached = set(names) if self._reached is None else self._reached
         odd = sorted(self._reached.symmetric_difference(names))
