@@ -59,7 +59,11 @@ class Known:
         """
         if self.single:
             return 1
-        tensors = {n: t for n, t in (self.batch or {}).items() if t.dim()}
+        tensors = {
+            name: tensor
+            for name, tensor in (self.batch or {}).items()
+            if isinstance(tensor, Tensor) and tensor.dim()
+        }
         found = {len(tensor) for tensor in tensors.values()}
         if len(found) > 1:
             sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,9 @@ __all__ = ["GramHooks"]
 _How = Literal["outside", "together", "alone", "looking", "done"]
 """Where a layer is called: outside of the model's own call; with a batch whose examples lie along
 each layer's first axis; with one example; to see whether they do; with a batch that was counted."""
+
+# A few rows at a time would take most of the time to add up: so many wait for each other.
+_TOGETHER = 512
 
 # What rounding of a float32 sum may add stays below the bound.
 _MARGIN = 1.0 - 1e-5
@@ -73,6 +77,7 @@ class GramHooks:
         self._how: _How = "outside"
         self._axes_differ, self._batch_size, self._empty = False, 0, False
         self._pending: dict[str, list[Tensor]] = defaultdict(list)
+        self._waiting: dict[str, list[Tensor]] = defaultdict(list)
         self._differing: set[str] = set()
         self._reached: set[str] | None = None
         self._held: list[tuple[Tensor, int]] | None = None
@@ -99,9 +104,11 @@ class GramHooks:
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with _uncompiled():
                 yield
                 self._end_single()
+                for name in [*self._waiting]:
+                    self._add_waiting(name)
                 # The Gram that they shared once is not theirs: they are averaged.
                 for name in self._differing:
                     del self.same_input[name]
@@ -266,8 +273,14 @@ class GramHooks:
                     for rows in calls
                 ]
             )
-            self.moments[name].add(rows if self._clip is None else _clipped(rows, self._clip, name))
+            rows = rows if self._clip is None else _clipped(rows, self._clip, name)
+            self._waiting[name].append(rows)
             self.examples[name] += 1
+            if sum(map(len, self._waiting[name])) >= min(_TOGETHER, rows.shape[1]):
+                self._add_waiting(name)
+
+    def _add_waiting(self, name: str) -> None:
+        self.moments[name].add(torch.cat(self._waiting.pop(name)))
 
     def _check_reached(self, names: Collection[str]) -> None:
         """A layer that only some examples reach tells by its Gram that one was there."""
@@ -302,6 +315,15 @@ class GramHooks:
                 where="RegMean",
                 fix="Put the model in evaluation mode, or take Grams without clip and noise.",
             )
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Whatever is compiled runs as it was written inside."""
+    # The import takes seconds, and who has compiled anything has made it.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _clipped(rows: Tensor, clip: float, name: str) -> Tensor:
