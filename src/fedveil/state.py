@@ -198,6 +198,8 @@ def check_trainable(state: Mapping[str, Tensor]) -> None:
 
 def _is_finite(tensor: Tensor) -> bool:
     # Both extremes are NaN if anything is; a mask of the finite ones would be a copy of its own.
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()  # nothing is computed of 8-bit floats
     return not tensor.numel() or all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist()))
 
 

@@ -329,3 +329,67 @@ def test_help_has_examples(command, call):
     assert "Examples" in out
     assert f"fedveil {command} ./" in out
     assert "--debug" in out
+
+
+def edited(path, **changes):
+    """A JSON file of a model folder, changed."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+MEAN = ("merge", "topics", "other-topics", "--method", "mean", "--out", "m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_attention_heads": 4}, ["architectures that differ", "_heads is 2 and 4"]),
+        ({"hidden_act": "relu"}, ["hidden_act is 'gelu' and 'relu'", "topics and other-topics"]),
+        ({"layer_norm_eps": 1e-5}, ["layer_norm_eps is 1e-12 and 1e-05"]),
+        ({"id2label": {0: "LABEL_1", 1: "LABEL_0", 2: "LABEL_2"}}, ["another order", "--keep"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_configurations_that_compute_something_else_are_refused(here, call, changes, words):
+    edited(here / "other-topics" / "config.json", **changes)
+    code, _, err = call(*MEAN)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert all(word in err for word in words), err
+    assert not (here / "m").exists()
+
+
+def test_what_no_output_depends_on_is_a_warning(here, call):
+    edited(here / "other-topics" / "config.json", hidden_dropout_prob=0.4, dtype="bfloat16")
+    edited(here / "other-topics" / "tokenizer_config.json", model_max_length=20)
+    code, _, err = call(*MEAN)
+    assert code == 0, err
+    for words in ("hidden_dropout_prob (0.1 and 0.4)", "model_max_length", "float32, bfloat16"):
+        assert words in err
+
+
+@pytest.mark.parametrize("part", ["normalizer", "post_processor", "cls_token"])
+def test_tokenizers_that_make_other_tokens_of_a_text_are_refused(here, call, part):
+    if part == "cls_token":
+        edited(here / "other-topics" / "tokenizer_config.json", cls_token="[SEP]")
+    else:
+        whole = json.loads((here / "other-topics" / "tokenizer.json").read_text())
+        whole[part] = None
+        (here / "other-topics" / "tokenizer.json").write_text(json.dumps(whole))
+        edited(here / "other-topics" / "tokenizer_config.json",
+               tokenizer_class="PreTrainedTokenizerFast")  # fmt: skip
+        edited(here / "topics" / "tokenizer_config.json",
+               tokenizer_class="PreTrainedTokenizerFast")  # fmt: skip
+    code, _, err = call(*MEAN)
+    assert code == 2, err
+    assert "other tokens of the same text" in err
+    assert part in err
+    code, _, err = call(*MEAN, "--keep", "bert.embeddings.word_embeddings.*")
+    assert code == 0, err
+
+
+def test_an_adapter_is_no_model_to_merge(here, call):
+    (here / "adapter").mkdir()
+    (here / "adapter" / "adapter_config.json").write_text("{}")
+    code, _, err = call("merge", "topics", "adapter", "--method", "mean", "--out", "m")
+    assert code == 2
+    assert "merge_and_unload" in err

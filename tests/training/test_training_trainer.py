@@ -3,6 +3,7 @@ import math
 import pickle
 from dataclasses import replace
 from itertools import chain, islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from fedveil.training import (
     evaluate,
     modes,
 )
-from fedveil.training.batches import Batches
+from fedveil.training.batches import Batches, pieces_of
 
 TASK = ImageClassification(num_labels=3)
 FAST = Training(epochs=3, batch_size=4, learning_rate=0.05)
@@ -270,6 +271,50 @@ class TestLessMemory:
         assert other.loss_last == pytest.approx(record.loss_last, rel=1e-4)
         for name, tensor in whole.items():
             torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3)
+
+    @pytest.mark.parametrize("pieces", [2, 3, 4, 6])
+    @pytest.mark.parametrize("count", [2, 3, 5, 6, 7])
+    def test_batch_norm_gets_no_piece_of_one_example(self, pieces, count):
+        model, data = perceptron(norm=True), images(count)
+        record, state_ = self.run(model, TASK, data, gradient_accumulation_steps=pieces)
+        assert math.isfinite(record.loss_last)
+        assert not torch.equal(state_["norm.running_mean"], model.norm.running_mean)
+
+    def test_batch_norm_of_a_single_example_is_still_refused(self):
+        with pytest.raises(TrainingError, match="one example"):
+            self.run(perceptron(norm=True), TASK, images(1), gradient_accumulation_steps=2)
+
+    @given(st.integers(1, 40), st.integers(1, 16), st.booleans())
+    def test_pieces_hold_every_example_once(self, size, count, avoid_single):
+        indices = list(range(size))
+        pieces = pieces_of(indices, count, avoid_single=avoid_single)
+        assert [index for piece in pieces for index in piece] == indices
+        assert len(pieces) <= count
+        assert not avoid_single or size == 1 or all(len(piece) > 1 for piece in pieces)
+        if all(len(piece) > 1 for piece in pieces):
+            usual = pieces_of(indices, count, avoid_single=False)
+            assert pieces == usual or any(len(piece) == 1 for piece in usual)
+
+    @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+    @pytest.mark.parametrize("pieces", [1, 3])
+    @pytest.mark.parametrize("norm", [1.0, None])
+    def test_sparse_embeddings_train_as_dense_ones(self, optimizer, pieces, norm):
+        class Words(nn.Module):
+            def __init__(self, sparse):
+                super().__init__()
+                torch.manual_seed(0)
+                self.embed, self.out = nn.Embedding(272, 8, sparse=sparse), nn.Linear(8, 272)
+
+            def forward(self, input_ids):
+                return SimpleNamespace(logits=self.out(self.embed(input_ids)))
+
+        settings = {
+            "optimizer": optimizer, "gradient_accumulation_steps": pieces, "max_grad_norm": norm
+        }  # fmt: skip
+        found = [self.run(Words(s), toys.NextToken(), toys.texts(8), **settings)
+                 for s in (True, False)]  # fmt: skip
+        for name, tensor in found[1][1].items():
+            torch.testing.assert_close(found[0][1][name], tensor)
 
     def test_activations_computed_twice_change_nothing(self):
         model, data = toys.gpt2(), toys.texts(8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -22,6 +24,7 @@ __all__ = [
     "Replay",
     "Scales",
     "Sums",
+    "one_by_one",
 ]
 
 Average = Literal["holders", "participants"]
@@ -29,7 +32,19 @@ AVERAGES = ("holders", "participants")
 
 Replay = Callable[[nn.Module, int], Iterator[Mapping[str, Tensor]]]
 """Runs a model, without training it, on at most so many of a client's own examples: it hands out
-each batch just before the model gets it."""
+each batch just before the model gets it.
+
+One that also takes ``batch_size=1`` can be asked for one example at a time."""
+
+
+def one_by_one(replay: Replay) -> Replay | None:
+    """A replay that hands out one example at a time; None if it cannot be asked for that."""
+    try:
+        parameters = inspect.signature(replay).parameters
+    except (TypeError, ValueError):
+        return None
+    asked: Callable[..., Iterator[Mapping[str, Tensor]]] = replay
+    return partial(asked, batch_size=1) if "batch_size" in parameters else None
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,13 @@ def rows_of(module: nn.Module, inputs: Tensor) -> Tensor:
 
     Args:
         module: A module that :func:`linear_layers` knows.
-        inputs: Its input: [examples, ..., inputs], or [examples, channels, ...] of a convolution.
+        inputs: Its input: [examples, ..., inputs], or [examples, channels, ...] of a convolution;
+            of one example without that axis, if it has none.
     """
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return _unfold(module, inputs)
-    return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+        return _unfold(module, inputs if inputs.dim() == module.weight.dim() else inputs[None])
+    whole = inputs if inputs.dim() > 1 else inputs[None]
+    return whole.flatten(1, -2) if whole.dim() > 2 else whole[:, None]
 
 
 def reading(module: nn.Module) -> object:

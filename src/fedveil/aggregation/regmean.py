@@ -21,7 +21,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fedveil.aggregation.base import WHOLE, Average, Observed, Replay, Scales
+from fedveil.aggregation.alone import UnclearError
+from fedveil.aggregation.base import WHOLE, Average, Observed, Replay, Scales, one_by_one
 from fedveil.aggregation.codec import GramCodec
 from fedveil.aggregation.gram import FORMS, Form, Gram, block_bounds, restrict
 from fedveil.aggregation.linear import LinearLayer, linear_layers
@@ -97,24 +98,51 @@ class RegMean:
     def observe(
         self, model: nn.Module, replay: Replay, changed: Collection[str], selection: Selection
     ) -> Observed:
-        """The Grams of all linear layers whose weights changed."""
+        """The Grams of all linear layers whose weights changed.
+
+        Raises:
+            ConfigurationError: Which positions are of which example, or padding, cannot be told,
+                or with ``clip`` that one example changes no more than the bound.
+        """
         layers = {n: layer for n, layer in self.layers(model).items() if n in changed}
-        hooks = GramHooks(model, layers, self.form, self.size, self.clip)
-        ran = 0
-        with hooks.watching():
-            for batch in replay(model, self.examples):
-                ran += len(next(iter(batch.values())))
-                hooks.begin_batch(batch.get("attention_mask"))
+        hooks, ran = self._measured(model, replay, layers)
         grams = {}
         for name, moments in hooks.moments.items():
             examples = hooks.examples[name]
             # Replacing one example moves the mean by at most this much (Frobenius norm): two Grams
-            # of trace up to clip * width differ most when they have nothing in common. A layer that
+            # of trace up to clip * width differ most when they have nothing in common. A model that
             # is called twice counts an example twice, but it is one example that is replaced.
             moved = math.sqrt(2) * (self.clip or 0.0) * moments.width / min(ran, examples)
             inputs = layers[name].inputs(selection)
             grams[name] = moments.gram(examples, inputs, self.noise * moved)
         return self.codec.encode(grams, hooks.same_input)
+
+    def _measured(
+        self, model: nn.Module, replay: Replay, layers: Mapping[str, LinearLayer]
+    ) -> tuple[GramHooks, int]:
+        """Hooks that have seen the examples, and how many there were.
+
+        Where a batch may not be enough to tell examples apart, there is a batch for each.
+        """
+        single = one_by_one(replay)
+        if self.clip is None or single is None:
+            try:
+                return self._watch(model, replay, layers, single=False)
+            except UnclearError:
+                if single is None:
+                    raise
+        return self._watch(model, single, layers, single=True)
+
+    def _watch(
+        self, model: nn.Module, replay: Replay, layers: Mapping[str, LinearLayer], *, single: bool
+    ) -> tuple[GramHooks, int]:
+        hooks = GramHooks(model, layers, self.form, self.size, self.clip)
+        ran = 0
+        with hooks.watching():
+            for batch in replay(model, self.examples):
+                ran += 1 if single else len(next(iter(batch.values())))
+                hooks.begin_batch(batch.get("attention_mask"), batch, single=single)
+        return hooks, ran
 
     def sums(
         self,

@@ -14,7 +14,10 @@ from fedveil.errors import ConfigurationError
 from fedveil.state import StateDict, check_trainable, read_state
 from fedveil.units.ties import refuse_overlaps
 
-__all__ = ["Common", "in_common"]
+__all__ = ["Common", "in_common", "uncompiled", "widened"]
+
+# Where torch.compile keeps what it was given.
+_COMPILED = "_orig_mod"
 
 # A counter that batch norm keeps for itself; no output depends on it as a rule.
 _COUNTER = "num_batches_tracked"
@@ -47,6 +50,8 @@ def in_common(models: Sequence[nn.Module], keep: Sequence[str] = ()) -> Common:
             that differ, or a weight that is NaN or infinite; or a pattern matches nothing.
     """
     states = _read_all(models)
+    models = [uncompiled(model) for model in models]
+    _check_compiled(states)
     _check_ties(models)
     asked = _matching(models, keep)
     merged, kept = [], []
@@ -75,7 +80,7 @@ def _read_all(models: Sequence[nn.Module]) -> list[StateDict]:
                 found=type(model).__name__,
                 where=f"model {number}",
             )
-        states.append(read_state(model))
+        states.append(read_state(uncompiled(model)))
         try:
             refuse_overlaps(model)
             check_trainable(states[-1])
@@ -88,6 +93,33 @@ def _read_all(models: Sequence[nn.Module]) -> list[StateDict]:
                 fix=error.fix,
             ) from error
     return states
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What a model was compiled from: the same tensors, by the names that they had."""
+    inner = getattr(model, _COMPILED, model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Floating-point numbers on the CPU, in which sums of them lose nothing: float32 or float64."""
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.cpu().to(wide)
+
+
+def _check_compiled(states: Sequence[StateDict]) -> None:
+    """A part that was compiled in some models only has other names there."""
+    names = [{name.replace(f"{_COMPILED}.", "") for name in state} for state in states]
+    for number, (state, plain) in enumerate(zip(states[1:], names[1:], strict=True), start=2):
+        if state.keys() != states[0].keys() and plain == names[0]:
+            odd = min(state.keys() ^ states[0].keys())
+            raise ConfigurationError(
+                "A part of one model is compiled, and that of another is not",
+                expected=f"the names of model 1 in model {number}",
+                found=f"{_COMPILED} in names",
+                where=odd,
+                fix=f"Put back what it was compiled from: model.part = model.part.{_COMPILED}",
+            )
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:

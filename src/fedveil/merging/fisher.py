@@ -74,6 +74,7 @@ def _add_squares(log_p: Tensor, parameters: Sequence[nn.Parameter], sums: Sequen
         probability = float(own.detach().exp())
         for total, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
+                gradient = gradient.to_dense() if gradient.is_sparse else gradient
                 total.addcmul_(gradient, gradient, value=probability)
 
 

@@ -19,8 +19,10 @@ from fedveil.config.tables import is_function
 from fedveil.data import load_data
 from fedveil.errors import ConfigurationError
 from fedveil.merging.common import Common, in_common
+from fedveil.merging.configurations import check_configurations, remarks_on_configurations
 from fedveil.merging.fusion import METHODS, check_finite, merge
 from fedveil.merging.statistics import MergeStatistics, Progress, statistics_of
+from fedveil.merging.tokenizers import check_same_tokens, remarks_on_tokenizers
 from fedveil.training import TextClassification
 from fedveil.training.tasks import missing_column
 
@@ -86,6 +88,7 @@ def open_classifier(name: str) -> Classifier:
         raise ConfigurationError(
             "A function makes no trained model", expected="a folder or hub name", found=name
         )
+    _check_no_adapter(name)
     model, tokenizer = load_untouched(name, here), load_tokenizer(name, here)
     if not type(model).__name__.endswith(_KIND):
         raise ConfigurationError(
@@ -101,6 +104,17 @@ def open_classifier(name: str) -> Classifier:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     return Classifier(name, model, tokenizer, dtype)
+
+
+def _check_no_adapter(name: str) -> None:
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
+        raise ConfigurationError(
+            "This is an adapter, and a product of merged factors is not the merged product",
+            expected="a whole model",
+            found="adapter_config.json",
+            where=name,
+            fix="Put it into its base first: PEFT's model.merge_and_unload(), save_pretrained().",
+        )
 
 
 def measure(
@@ -173,6 +187,7 @@ def merge_folders(
     classifiers = [open_classifier(name) for name in names]
     models = [classifier.model for classifier in classifiers]
     common = in_common(models, keep)
+    check_configurations(models, common.kept, [_short(name) for name in names])
     _check_tokenizers(classifiers, common)
     given += [
         measure(classifier, file, method, reading, show(f"statistics of {classifier.name}"))
@@ -255,20 +270,28 @@ def _check_tokenizers(classifiers: Sequence[Classifier], common: Common) -> None
     first, *others = classifiers
     embedding = first.model.get_input_embeddings().weight
     names = {n for n, p in first.model.named_parameters() if p is embedding}
-    vocabulary = first.tokenizer.get_vocab()
     for other in others:
-        if names & {*common.merged} and other.tokenizer.get_vocab() != vocabulary:
-            raise ConfigurationError(
-                "The models read different vocabularies",
-                expected=f"the tokens of {first.name}",
-                found="others",
-                where=other.name,
-                fix="Only models that were fine-tuned from the same one can be merged; embeddings "
-                f"can be kept as each model's own: --keep {min(names)}",
-            )
+        if names & {*common.merged}:
+            both = first.name, other.name
+            check_same_tokens(first.tokenizer, other.tokenizer, both, min(names))
 
 
 def _warnings(classifiers: Sequence[Classifier], common: Common) -> list[str]:
+    """What the user should look at though it was merged."""
+    dtypes = [str(c.dtype).removeprefix("torch.") for c in classifiers]
+    stored = [] if len({*dtypes}) == 1 else [
+        f"the models are stored in different precision ({', '.join(dtypes)}); a result has that of "
+        "the model that it is a copy of."
+    ]  # fmt: skip
+    return [
+        *_warned_classes(classifiers, common),
+        *remarks_on_configurations([c.model for c in classifiers]),
+        *remarks_on_tokenizers([c.tokenizer for c in classifiers]),
+        *stored,
+    ]
+
+
+def _warned_classes(classifiers: Sequence[Classifier], common: Common) -> list[str]:
     """A head that was merged although its classes mean different things."""
     model = classifiers[0].model
     head = [name for name in common.merged if not name.startswith(f"{model.base_model_prefix}.")]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fedveil.aggregation import RegMean, RegMeanSums, StreamingMean
 from fedveil.aggregation.gram import Form
 from fedveil.errors import ConfigurationError, ProtocolError
-from fedveil.merging.common import in_common
+from fedveil.merging.common import in_common, uncompiled, widened
+from fedveil.merging.configurations import check_configurations
 from fedveil.merging.fisher import fisher_step
 from fedveil.merging.statistics import EVERYTHING, MergeStatistics, Progress
 from fedveil.state import StateDict, load_state, read_state
@@ -49,7 +50,7 @@ def merge(
     different classes) stay each model's own.
 
     Args:
-        models: At least two; none is changed.
+        models: At least two; none is changed. Of compiled ones what they were compiled from.
         method: "regmean" (Jin et al., 2212.09849): per linear layer, the weights that fit best what
             all models' weights do to their own inputs; averaged if some statistics have no Gram of
             the layer (it did not run, or was left out on purpose). "fisher" (Matena and Raffel,
@@ -69,20 +70,23 @@ def merge(
         dtypes of the model that it is a copy of, the first where there is one.
 
     Raises:
-        ConfigurationError: The models cannot be merged, or a setting is impossible.
+        ConfigurationError: The models cannot be merged, their configurations say that they compute
+            something else with the same weights, or a setting is impossible.
         ProtocolError: The statistics are not of these models or not for this method.
 
     Does NOT protect: whoever merges sees all models and statistics in the clear, and whoever has
     the merged model has a part of each. Nothing here detects a model that was made to do harm.
     """
     common = in_common(models, keep)
+    models = [uncompiled(model) for model in models]
+    check_configurations(models, common.kept)
     given = _statistics(models, method, statistics)
     shares = _weights(models, given, weights)
     step = _steps(models, common.merged, method, given, settings)
     states = [read_state(model) for model in models]
     merged: StateDict = {}
     for done, name in enumerate(common.merged, start=1):
-        first, *others = (_widen(state[name]) for state in states)
+        first, *others = (widened(state[name]) for state in states)
         deltas = [torch.zeros_like(first), *(other - first for other in others)]
         merged[name] = first + step(name, deltas, shares)
         if progress is not None:
@@ -249,17 +253,13 @@ def check_finite(model: nn.Module, names: Iterable[str]) -> None:
     """
     state = read_state(model)
     for name in names:
-        if not bool(torch.isfinite(state[name]).all()):
+        if not bool(torch.isfinite(widened(state[name])).all()):
             raise ConfigurationError(
                 "A merged weight is too large",
                 expected=f"finite as {state[name].dtype}".replace("torch.", ""),
                 where=name,
                 fix="Convert the models to float32 first, or raise the ridge.",
             )
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _given(step: Tensor | None) -> Tensor:

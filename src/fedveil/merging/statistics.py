@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from fedveil.aggregation import RegMean
@@ -18,6 +17,7 @@ from fedveil.aggregation.gram import Gram
 from fedveil.aggregation.linear import linear_layers
 from fedveil.errors import ConfigurationError, ProtocolError, WireError
 from fedveil.files import private_file
+from fedveil.merging.common import uncompiled, widened
 from fedveil.merging.fisher import decode_fisher, encode_fisher, fisher_diagonal
 from fedveil.selection import Selection
 from fedveil.state import read_state
@@ -188,7 +188,7 @@ def statistics_of(
     in float32.
 
     Args:
-        model: The trained model.
+        model: The trained model; of a compiled one what it was compiled from.
         data: Examples of what it was trained on, as the task takes them. Labels are not used.
         task: What it was trained for; "fisher" needs one with classes.
         method: "regmean" (Jin et al., 2212.09849): the Gram of each linear layer's inputs.
@@ -210,7 +210,7 @@ def statistics_of(
     to a Gram; nothing bounds it in a Fisher diagonal.
     """
     progress = progress or _silent
-    model = _in_full_precision(model)
+    model = _in_full_precision(uncompiled(model))
     prepared = _spread(task.prepare(data), settings.examples)
     scalars: dict[str, int | float | str | bool]
     scalars = {"examples": len(prepared), "model": _digest(model)}
@@ -218,9 +218,9 @@ def statistics_of(
     if method == "regmean":
         trainer = Trainer(task, prepared, Training())
 
-        def replay(model: nn.Module, examples: int) -> Iterator[Batch]:
+        def replay(model: nn.Module, examples: int, batch_size: int = 32) -> Iterator[Batch]:
             done = 0
-            for batch in trainer.replay(model, examples):
+            for batch in trainer.replay(model, examples, batch_size=batch_size):
                 yield batch
                 done += len(batch["labels"])
                 progress(done, len(prepared))
@@ -256,8 +256,8 @@ def _spread(rows: Prepared, examples: int) -> Prepared:
 
 
 def _in_full_precision(model: nn.Module) -> nn.Module:
-    half = (torch.float16, torch.bfloat16)
-    if any(tensor.dtype in half for tensor in read_state(model).values()):
+    narrow = (t.is_floating_point() and t.dtype.itemsize < 4 for t in read_state(model).values())
+    if any(narrow):
         return copy.deepcopy(model).float()
     return model
 
@@ -267,7 +267,7 @@ def _digest(model: nn.Module) -> str:
     whole = hashlib.sha256()
     for name, tensor in sorted(read_state(model).items()):
         if tensor.is_floating_point():
-            values = tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
+            values = widened(tensor).contiguous()
             whole.update(f"{name} {list(values.shape)} ".encode())
             whole.update(values.numpy().data)
     return whole.hexdigest()

@@ -64,7 +64,8 @@ class LocalTrainer(Protocol):
     def replay(self, model: nn.Module, examples: int) -> Iterator[Mapping[str, Tensor]]:
         """Run ``model`` on at most so many of the client's examples, without training it.
 
-        Hands out each batch just before the model gets it.
+        Hands out each batch just before the model gets it. With an argument ``batch_size`` it can
+        be asked for one example at a time, which some Grams need.
         """
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedveil.errors import CheckpointError, ProtocolError
+from fedveil.errors import CheckpointError, ConfigurationError, ProtocolError
 from fedveil.selection import Selection
 from fedveil.state import StateDict, check_trainable, working_copy
+from fedveil.wire.container import DTYPES
 
 __all__ = ["GlobalModel"]
 
@@ -25,11 +26,12 @@ class GlobalModel:
         frozen: Names of those that nobody trains.
 
     Raises:
-        ConfigurationError: If the model holds NaN or infinite weights.
+        ConfigurationError: If the model holds NaN or infinite weights, or what cannot be sent.
     """
 
     def __init__(self, state: StateDict, frozen: Collection[str] = ()) -> None:
         check_trainable(state)
+        _check_sendable({n: t for n, t in state.items() if n not in frozen})
         trained = working_copy({n: t for n, t in state.items() if n not in frozen})
         self.tensors: StateDict = {n: trained.get(n, t.detach()) for n, t in state.items()}
         self._frozen = frozenset(frozen) & state.keys()
@@ -104,3 +106,16 @@ class GlobalModel:
 
 def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+
+
+def _check_sendable(state: StateDict) -> None:
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES.values():
+            raise ConfigurationError(
+                "A tensor has a dtype that is not sent",
+                expected=", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values()),
+                found=str(tensor.dtype).removeprefix("torch."),
+                where=name,
+                fix="Convert it, to int32 or float32 for instance, or keep it out of the model's "
+                "state: register_buffer(..., persistent=False).",
+            )

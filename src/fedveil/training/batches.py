@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Batches", "has_batch_norm"]
+__all__ = ["Batches", "has_batch_norm", "pieces_of"]
 
 
 class Batches:
@@ -42,3 +43,21 @@ class Batches:
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any module normalises over the batch."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def pieces_of(indices: Sequence[int], count: int, *, avoid_single: bool) -> list[Sequence[int]]:
+    """A batch in at most so many pieces, all but the last of one size.
+
+    Args:
+        indices: The examples of the batch, in order.
+        count: How many pieces there may be.
+        avoid_single: Make no piece of one example, which BatchNorm may be unable to train on: there
+            are fewer pieces then, as equal as can be. An only example is a piece all the same.
+    """
+    size = -(-len(indices) // count)
+    pieces = [indices[start : start + size] for start in range(0, len(indices), size)]
+    if not avoid_single or len(pieces[-1]) > 1:
+        return pieces
+    fewer = max(1, min(count, len(indices) // 2))
+    bounds = [len(indices) * number // fewer for number in range(fewer + 1)]
+    return [indices[start:stop] for start, stop in pairwise(bounds)]

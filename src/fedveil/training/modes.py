@@ -14,6 +14,7 @@ __all__ = [
     "check_device",
     "checkpointing",
     "evaluation_mode",
+    "make_dense",
     "on_device",
     "only_trainable",
     "seeded",
@@ -50,6 +51,14 @@ def only_trainable(model: nn.Module, names: set[str]) -> Iterator[list[nn.Parame
         model.zero_grad(set_to_none=True)
         for parameter, required in before.items():
             parameter.requires_grad_(required)
+
+
+def make_dense(parameters: list[nn.Parameter]) -> None:
+    """Write out sparse gradients (``nn.Embedding(sparse=True)``), as norms and most optimizers take
+    dense ones only: the embedding trains as one that is not sparse."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
 
 
 def check_device(name: str) -> torch.device:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, TrainingError
-from fedveil.training.batches import Batches, has_batch_norm
+from fedveil.training.batches import Batches, has_batch_norm, pieces_of
 from fedveil.training.modes import (
     check_device,
     checkpointing,
     evaluation_mode,
+    make_dense,
     on_device,
     only_trainable,
     seeded,
@@ -64,9 +65,9 @@ class LocalRun:
         """See :meth:`Trainer.train`."""
         return self.trainer.train(model, seed=self.seed)
 
-    def replay(self, model: nn.Module, examples: int) -> Iterator[Batch]:
+    def replay(self, model: nn.Module, examples: int, batch_size: int = 32) -> Iterator[Batch]:
         """See :meth:`Trainer.replay`."""
-        return self.trainer.replay(model, examples, seed=self.seed)
+        return self.trainer.replay(model, examples, seed=self.seed, batch_size=batch_size)
 
 
 class Trainer:
@@ -170,6 +171,7 @@ class Trainer:
                 where = f"step {len(losses) + 1} of {steps}"
                 rate = float(schedule.get_last_lr()[0])
                 losses.append(self._accumulate(model, indices, where, rate))
+                make_dense(parameters)
                 norm = self._clip(parameters)
                 _check_finite("gradient norm", norm.item(), where, rate)
                 optimizer.step()
@@ -207,8 +209,8 @@ class Trainer:
         self, model: nn.Module, indices: Sequence[int], where: str, rate: float
     ) -> float:
         """Add up the gradient of the mean loss over some examples, piece by piece; that loss."""
-        size = -(-len(indices) // self.training.gradient_accumulation_steps)
-        pieces = [indices[start : start + size] for start in range(0, len(indices), size)]
+        steps = self.training.gradient_accumulation_steps
+        pieces = pieces_of(indices, steps, avoid_single=has_batch_norm(model))
         batches = [self.task.collate(self._data.select(piece)) for piece in pieces]
         weights = [
             _weight(self.task, batch, len(piece))

@@ -51,6 +51,14 @@ def find_units(
         ConfigurationError: the choice is unknown, or a rule does not fit the model.
         UnknownArchitectureError: no rule serves the model, or none of its layers can be cut.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ConfigurationError(
+            "The model is compiled, and its parts go by other names",
+            expected="a model that torch.compile has not wrapped",
+            found=type(model).__name__,
+            fix="Give what it was compiled from, model._orig_mod, or compile it in place: "
+            "model.compile().",
+        )
     if choice not in CHOICES:
         raise ConfigurationError(
             "an unknown choice of units", expected=" or ".join(CHOICES), found=repr(choice)
