@@ -11,9 +11,9 @@ import fedveil
 
 SOURCE = Path(fedveil.__file__).parent
 ROOMS = (
-    "errors", "files", "units", "secret", "drawing", "masking", "selection", "state", "shards",
-    "shrinking", "quantization", "wire", "updates", "aggregation", "schemes", "training", "audit",
-    "engine", "federation", "data", "config", "merging", "report", "flower", "deploy", "demo",
+    "errors", "files", "unsupported", "units", "secret", "drawing", "masking", "selection", "state",
+    "shards", "shrinking", "quantization", "wire", "updates", "aggregation", "schemes", "training",
+    "audit", "engine", "federation", "data", "config", "merging", "report", "flower", "deploy", "demo",
     "cli", "",
 )  # fmt: skip
 CORE = ROOMS[: ROOMS.index("schemes") + 1]

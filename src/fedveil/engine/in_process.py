@@ -10,18 +10,20 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
 import torch
 import torch.multiprocessing
-from torch import nn
+from torch import Tensor, nn
 
+from fedveil.engine.beginning import Beginning
 from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, threads
 from fedveil.engine.memory import ClientFiles
 from fedveil.errors import FedveilError, TrainingError
@@ -59,6 +61,17 @@ class Workplace:
     memories: ClientFiles | None = None
     device: str | None = None
 
+    @cached_property
+    def beginning(self) -> Beginning:
+        """What the architecture is before each message."""
+        return self.begun_as({})
+
+    def begun_as(self, origin: Mapping[str, Tensor]) -> Beginning:
+        """The same, of values that are kept elsewhere already, by name."""
+        tensors = getattr(self.side, "tensors", None)
+        sent = frozenset() if tensors is None else frozenset(tensors(self.architecture))
+        return Beginning(self.architecture, sent, origin)
+
 
 def bare_architecture(scheme: Scheme, model: nn.Module) -> nn.Module:
     """What a client has of a model before the first message, wherever it is.
@@ -94,6 +107,7 @@ def work(place: Workplace, job: Job, write: Callable[[Message], bytearray | memo
 
 
 def _fit(place: Workplace, client: str, message: Message, run: LocalRun) -> Message:
+    place.beginning.restore()
     if place.memories is None:
         return place.side.fit(message, place.architecture, run)
     memory = place.memories.recall(client, message.round)
@@ -103,6 +117,7 @@ def _fit(place: Workplace, client: str, message: Message, run: LocalRun) -> Mess
 
 
 def _measure_received(place: Workplace, client: str, message: Message) -> Measures | None:
+    place.beginning.restore()
     if place.memories is None:
         place.side.load(message, place.architecture)
     else:
@@ -279,6 +294,14 @@ def _settle_in(place: Workplace, matmul_precision: str) -> None:
     torch.set_float32_matmul_precision(matmul_precision)  # as in the process that started this one
     # Tensors that are handed to a process share memory with everyone else's: take a copy to train.
     _place = replace(place, architecture=copy.deepcopy(place.architecture))
+    vars(_place)["beginning"] = _place.begun_as(_tensors_of(place.architecture))
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, the tensors themselves."""
+    named = (*model.named_parameters(remove_duplicate=False),
+             *model.named_buffers(remove_duplicate=False))  # fmt: skip
+    return {name: tensor.detach() for name, tensor in named}
 
 
 def _leave_with_the_server() -> None:

@@ -38,6 +38,7 @@ from fedveil.state import (
     with_state,
 )
 from fedveil.training import Prepared, Task, Trainer, Training
+from fedveil.unsupported import check_supported
 from fedveil.wire import Limits
 
 __all__ = ["Federation", "Result"]
@@ -190,6 +191,9 @@ class Federation:
         # A secret that nobody keeps cannot be used to resume.
         self._secret_is_kept = secret is not None
         self._secret = secret or Secret.generate()
+        for one in (model, public):
+            if one is not None:
+                check_supported(one, self.scheme.tensors)
         # Never changed: whatever changes is made from it.
         self._model = copy_of(model) if copy else model
         self._seed, self._workers = seed, workers

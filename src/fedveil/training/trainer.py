@@ -200,7 +200,7 @@ class Trainer:
                 with seeded(seed + start, device):
                     batch = to_device(self.task.collate(rows), device)
                 yield batch
-                with torch.no_grad():
+                with torch.no_grad(), seeded(seed + start, device):
                     self.task.loss(model, batch)
 
     def _accumulate(
