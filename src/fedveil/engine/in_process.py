@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from fedveil.engine.beginning import Beginning
 from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, threads
 from fedveil.engine.memory import ClientFiles
-from fedveil.errors import FedveilError, TrainingError
+from fedveil.engine.sending import bytes_of_tensors, fits_shared_memory
+from fedveil.errors import ConfigurationError, FedveilError, TrainingError
 from fedveil.schemes import ClientSide, Scheme
 from fedveil.state import architecture_of
 from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
@@ -34,6 +36,7 @@ from fedveil.training.modes import on_device
 from fedveil.wire import Message
 
 __all__ = [
+    "OUT_OF_MEMORY",
     "InTurn",
     "Pool",
     "Workplace",
@@ -96,14 +99,26 @@ def work(place: Workplace, job: Job, write: Callable[[Message], bytearray | memo
     except FedveilError as error:
         return Answer(job.client, None, error)
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        failure = TrainingError(
-            "A client's training failed",
-            found=f"{type(error).__name__}: {error}",
-            where=f"{frame.filename}:{frame.lineno}",
-        )
-        return Answer(job.client, None, failure)
+        return Answer(job.client, None, _failure(error))
     return Answer(job.client, reply, None, before, after, time.perf_counter() - started)
+
+
+OUT_OF_MEMORY = "There is not enough memory to train"
+
+
+def _failure(error: BaseException) -> TrainingError:
+    """What went wrong in code that is not ours, or that we did not foresee."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    found = f"{type(error).__name__}: {error}"
+    where = f"{frame.filename}:{frame.lineno}"
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or any(word in str(error).lower() for word in words):
+        fix = (
+            "Lower batch_size, or raise gradient_accumulation_steps; gradient_checkpointing takes "
+            "less memory, and so does an adapter (LoRA)."
+        )
+        return TrainingError(OUT_OF_MEMORY, found=found, where=where, fix=fix)
+    return TrainingError("A client's training failed", found=found, where=where)
 
 
 def _fit(place: Workplace, client: str, message: Message, run: LocalRun) -> Message:
@@ -162,6 +177,8 @@ class Pool:
 
     def __init__(self, place: Workplace, workers: int) -> None:
         self._place, self._workers = place, workers
+        # What does not fit into shared memory goes as bytes: each process then has its own.
+        self._by_value = not fits_shared_memory(bytes_of_tensors(place))
         self._executor = self._start()
 
     def present(self, wanted: int) -> None:
@@ -183,12 +200,21 @@ class Pool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self._workers,
-            mp_context=_process_context(self._place),
-            initializer=_settle_in,
-            initargs=(self._place, torch.get_float32_matmul_precision()),
-        )
+        handed = pickle.dumps(self._place) if self._by_value else self._place
+        try:
+            return ProcessPoolExecutor(
+                self._workers,
+                mp_context=_process_context(self._place),
+                initializer=_settle_in,
+                initargs=(handed, torch.get_float32_matmul_precision()),
+            )
+        except OSError as error:
+            raise ConfigurationError(
+                "Processes for clients cannot be started",
+                found=str(error),
+                fix="Run it with workers=1, or give the machine more shared memory (/dev/shm; of a "
+                "container --shm-size).",
+            ) from error
 
     def _submit(self, job: Job) -> Future[Answer]:
         try:
@@ -285,8 +311,10 @@ def _process_context(place: Workplace) -> BaseContext:
 _place: Workplace | None = None
 
 
-def _settle_in(place: Workplace, matmul_precision: str) -> None:
+def _settle_in(handed: Workplace | bytes, matmul_precision: str) -> None:
     global _place
+    # What is unpickled here is what this very program pickled.
+    place: Workplace = pickle.loads(handed) if isinstance(handed, bytes) else handed  # noqa: S301
     # Ctrl-C reaches every process of the terminal: the server stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_the_server, daemon=True).start()

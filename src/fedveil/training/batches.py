@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Batches", "has_batch_norm"]
+__all__ = ["Batches", "has_batch_norm", "split"]
 
 
 class Batches:
@@ -37,6 +37,22 @@ class Batches:
             order = torch.randperm(self.size, generator=generator).tolist()
             for start in range(0, self._end, self.batch_size):
                 yield order[start : min(start + self.batch_size, self._end)]
+
+
+def split(indices: Sequence[int], pieces: int, least: int) -> list[Sequence[int]]:
+    """Row numbers in at most so many pieces of about the same size, in their order.
+
+    Args:
+        indices: The rows of one step.
+        pieces: At least 1.
+        least: No piece has fewer rows than this, unless there are no more: BatchNorm needs two.
+    """
+    size = max(-(-len(indices) // pieces), least)
+    starts = [*range(0, len(indices), size)]
+    if len(starts) > 1 and len(indices) - starts[-1] < least:
+        starts.pop()  # what is left over goes with the piece before
+    ends = [*starts[1:], len(indices)]
+    return [indices[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def has_batch_norm(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from fedveil.training.tasks import (
     Prepared,
     check_tokens,
     column,
+    logits_of,
 )
 
 __all__ = ["TextClassification"]
@@ -111,9 +112,7 @@ class TextClassification(Classification):
         check_tokens(model, batch["input_ids"])
         # The loss is computed here, in float32, not by the model: labels are left out.
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits = model(**inputs).logits
-        assert isinstance(logits, Tensor)
-        return logits
+        return logits_of(model(**inputs), model, "B, C")
 
     def _pad(self, tokens: list[dict[str, Any]]) -> Mapping[str, Tensor]:
         # Padding apart from tokenising is what we want; fast tokenizers advise against it, once.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, TrainingError
-from fedveil.training.batches import Batches, has_batch_norm
+from fedveil.training.batches import Batches, has_batch_norm, split
 from fedveil.training.modes import (
     check_device,
     checkpointing,
@@ -33,7 +33,7 @@ from fedveil.training.tasks import (
     to_device,
 )
 
-__all__ = ["LocalRun", "Trainer", "TrainingRecord"]
+__all__ = ["LocalRun", "Trainer", "TrainingRecord", "trained_names"]
 
 
 @dataclass(frozen=True)
@@ -113,20 +113,7 @@ class Trainer:
             ConfigurationError: A pattern matches nothing, nothing is left to train, or a parameter
                 to be trained is fp16.
         """
-        names = list(model.named_parameters(remove_duplicate=False))
-        frozen: set[nn.Parameter] = set()
-        for pattern in self.training.frozen:
-            matching = {p for name, p in names if fnmatchcase(name, pattern)}
-            if not matching:
-                raise _unmatched(pattern, [name for name, _ in names])
-            frozen |= matching
-        chosen = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and parameter not in frozen
-        }
-        _check_trainable(chosen)
-        return set(chosen)
+        return trained_names(model, self.training)
 
     def train(self, model: nn.Module, *, seed: int) -> TrainingRecord:
         """Train `model` in place, where it is, for one round.
@@ -207,8 +194,8 @@ class Trainer:
         self, model: nn.Module, indices: Sequence[int], where: str, rate: float
     ) -> float:
         """Add up the gradient of the mean loss over some examples, piece by piece; that loss."""
-        size = -(-len(indices) // self.training.gradient_accumulation_steps)
-        pieces = [indices[start : start + size] for start in range(0, len(indices), size)]
+        least = 2 if has_batch_norm(model) else 1
+        pieces = split(indices, self.training.gradient_accumulation_steps, least)
         batches = [self.task.collate(self._data.select(piece)) for piece in pieces]
         weights = [
             _weight(self.task, batch, len(piece))
@@ -232,7 +219,7 @@ class Trainer:
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         try:
-            return self._taught.loss(model, batch)
+            return _checked_loss(self._taught.loss(model, batch), self.task)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -242,6 +229,28 @@ class Trainer:
                 found=f"{self.examples} in the data set, batch_size={self.training.batch_size}",
                 fix="Leave this client out, or raise batch_size.",
             ) from error
+
+
+def trained_names(model: nn.Module, training: Training) -> set[str]:
+    """What settings have a client train of a model: see :meth:`Trainer.trainable`.
+
+    Raises:
+        ConfigurationError: As of that.
+    """
+    names = list(model.named_parameters(remove_duplicate=False))
+    frozen: set[nn.Parameter] = set()
+    for pattern in training.frozen:
+        matching = {p for name, p in names if fnmatchcase(name, pattern)}
+        if not matching:
+            raise _unmatched(pattern, [name for name, _ in names])
+        frozen |= matching
+    chosen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter not in frozen
+    }
+    _check_trainable(chosen)
+    return set(chosen)
 
 
 def _restricted(task: Task, data: Prepared) -> Task:
@@ -260,6 +269,35 @@ def _weight(task: Task, batch: Batch, examples: int) -> int:
     """What a batch's mean loss is the mean over: examples, or what the task counts instead."""
     count = getattr(task, "count", None)
     return examples if count is None else int(count(batch))
+
+
+def _checked_loss(loss: object, task: Task) -> Tensor:
+    """What a task calls the loss, if it can be differentiated.
+
+    Raises:
+        TrainingError: It is no number, or no gradient leads from it to what is trained.
+    """
+    where = f"the loss of {getattr(task, 'name', type(task).__name__)!r}"
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        found = type(loss).__name__
+        if isinstance(loss, Tensor):
+            found = f"{str(loss.dtype).removeprefix('torch.')} of shape {list(loss.shape)}"
+        raise TrainingError(
+            "The loss is no single number that could be differentiated",
+            expected="a tensor of one floating-point number, the mean over the batch",
+            found=found,
+            where=where,
+        )
+    if not loss.requires_grad:
+        raise TrainingError(
+            "No gradient reaches anything that is trained",
+            expected="a loss that depends on the parameters to be trained",
+            found="one that does not",
+            where=where,
+            fix="Does the forward detach what it computes, or run under no_grad? Are all layers "
+            "that it uses frozen?",
+        )
+    return loss
 
 
 def _check_finite(what: str, value: float, where: str, rate: float) -> None:
