@@ -10,6 +10,9 @@ __all__ = ["Observer"]
 class Observer:
     """Hears of every event; does nothing with it unless a subclass does."""
 
+    def untried(self, reason: str) -> None:
+        """No round could be tried in small before the first, for this reason."""
+
     def run_started(self, rounds: int, finished: int) -> None:
         """A run of ``rounds`` rounds begins; ``finished`` are done already (resumed)."""
 

@@ -21,6 +21,7 @@ from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import AuditError, ConfigurationError
 from fedveil.federation.clients import Remote, Rows, check_names, name_clients, prepared, trainer_of
 from fedveil.federation.owner import Judge, Tuner, Tuning
+from fedveil.federation.preflight import Preflight
 from fedveil.federation.settings import (
     check_count,
     check_declared,
@@ -245,9 +246,14 @@ class Federation:
             crew: Who does the clients' part, if they are on other machines (:mod:`fedveil.flower`);
                 None works with the data at hand, on this one.
 
+        Before anything is released, one round in small is tried on a few rows of the owner's (in a
+        simulation without any, of a client's), whose proxy is thrown away: what would fail at every
+        client fails then. Without rows only names and types are looked at, and the observer hears.
+
         Raises:
             ConfigurationError: If the rounds need more releases than clients may be sent, or the
-                model, used without a copy, is not what it was.
+                model, used without a copy, is not what it was, or cannot be trained as it is told.
+            TrainingError: If a step of training fails with the owner's rows.
             CheckpointError: If ``out`` already holds a run and neither of the two is set, another
                 run is at work there, or something else is in the way; or its checkpoint belongs to
                 another configuration or is damaged, or its exposure ledger is not what it was.
@@ -268,6 +274,7 @@ class Federation:
                 fix="Pass secret=Secret.from_file(...), to both runs.",
             )
         configuration = self.configuration()
+        self._try_first(here=crew is None)
         server = self._server()
         # What measures takes memory only if there is something to measure it on.
         measured = self._architecture(None if self._test is not None else "meta")
@@ -308,6 +315,22 @@ class Federation:
         del engine, measured, server  # the result needs room
         model = with_state(self._model, final)
         return Result(model, records, base, _fp32_bytes(own))
+
+    def _try_first(self, *, here: bool) -> None:
+        """One round in small, before anything is written or released."""
+        several = here and self._workers > 1
+        untried = Preflight(
+            self.scheme, self.released, self.workplace(), self.training, self._rows_to_try(),
+            here, several,
+        ).run()  # fmt: skip
+        if untried:
+            self._observer.untried(untried)
+
+    def _rows_to_try(self) -> Prepared | None:
+        """The owner's rows; in a simulation a client's, if there are no others."""
+        tuned = None if self._tuning is None else self._tuning.data
+        clients = [self._trainers[name].data for name in sorted(self._trainers)]
+        return next((rows for rows in (self._owner, self._test, tuned, *clients) if rows), None)
 
     @contextmanager
     def _alone_in_folder(self, *, overwrite: bool) -> Iterator[None]:

@@ -45,6 +45,10 @@ class ConsoleProgress(Observer):
         self._waiting = ""
         self._said_size = False
 
+    def untried(self, reason: str) -> None:
+        """See :class:`Observer`."""
+        self._say(f"no round was tried in small before the first: {reason}", style="yellow")
+
     def run_started(self, rounds: int, finished: int) -> None:
         """See :class:`Observer`."""
         self.stop()

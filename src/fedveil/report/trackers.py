@@ -212,6 +212,9 @@ class _Watched(Observer):
     def __init__(self, observer: Observer, trackers: Sequence[_Guarded]) -> None:
         self._observer, self._trackers = observer, trackers
 
+    def untried(self, reason: str) -> None:
+        self._observer.untried(reason)
+
     def run_started(self, rounds: int, finished: int) -> None:
         self._observer.run_started(rounds, finished)
         for tracker in self._trackers:
