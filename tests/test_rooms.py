@@ -13,8 +13,8 @@ SOURCE = Path(fedveil.__file__).parent
 ROOMS = (
     "errors", "files", "unsupported", "units", "secret", "drawing", "masking", "selection", "state",
     "shards", "shrinking", "quantization", "wire", "updates", "aggregation", "schemes", "training",
-    "audit", "engine", "federation", "data", "config", "merging", "report", "flower", "deploy", "demo",
-    "cli", "",
+    "audit", "engine", "federation", "data", "config", "merging", "report", "flower", "deploy",
+    "demo", "cli", "",
 )  # fmt: skip
 CORE = ROOMS[: ROOMS.index("schemes") + 1]
 FOREIGN = {"transformers", "flwr", "datasets", "flwr_datasets", "typer", "rich", "matplotlib"}

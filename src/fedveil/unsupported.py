@@ -73,15 +73,15 @@ def _check_module(name: str, module: nn.Module) -> None:
         )
     if getattr(module, "is_quantized", False) is True:
         raise _quantized(name, kind)
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-        if module.weight.requires_grad:
-            raise ConfigurationError(
-                "An embedding with sparse gradients cannot be trained",
-                expected="sparse=False",
-                found="sparse=True",
-                where=name,
-                fix="Set its attribute sparse to False.",
-            )
+    embeds = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    if embeds and module.sparse and module.weight.requires_grad:
+        raise ConfigurationError(
+            "An embedding with sparse gradients cannot be trained",
+            expected="sparse=False",
+            found="sparse=True",
+            where=name,
+            fix="Set its attribute sparse to False.",
+        )
 
 
 def _check_kind(name: str, tensor: Tensor) -> None:

@@ -351,6 +351,11 @@ class Federation:
         """What proxies are of: the public model if there is one, else the base. Likewise."""
         return self._model if self._public is None else self._public
 
+    @property
+    def task(self) -> Task:
+        """What the model is trained for."""
+        return self._task
+
     def stage(self, public: nn.Module | None = None) -> Stage:
         """What an audit of the run in ``out`` measures with; see :func:`fedveil.audit.audit`.
 

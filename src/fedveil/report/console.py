@@ -96,6 +96,10 @@ class ConsoleProgress(Observer):
         """See :class:`Observer`."""
         self._say(f"round {number}: {client} counts for less: {cuts}", style="yellow")
 
+    def client_unusual(self, number: int, client: str, why: str) -> None:
+        """See :class:`Observer`."""
+        self._say(f"round {number}: {client} is far from the others: {why}", style="yellow")
+
     def client_left_out(self, number: int, client: str, reason: str) -> None:
         """See :class:`Observer`."""
         self._say(f"round {number}: {client} is {reason}", style="bold red")

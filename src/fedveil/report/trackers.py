@@ -235,6 +235,9 @@ class _Watched(Observer):
     def client_bounded(self, number: int, client: str, cuts: str) -> None:
         self._observer.client_bounded(number, client, cuts)
 
+    def client_unusual(self, number: int, client: str, why: str) -> None:
+        self._observer.client_unusual(number, client, why)
+
     def client_left_out(self, number: int, client: str, reason: str) -> None:
         self._observer.client_left_out(number, client, reason)
 

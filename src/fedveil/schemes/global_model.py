@@ -19,7 +19,7 @@ _WIDER = {
     torch.uint16: torch.int32,
     torch.uint32: torch.int64,
 }
-"""Integers that have no name on the wire travel as wider ones. A client's model has the own type."""
+"""Integers that have no name on the wire travel as wider ones; a client's model has their type."""
 
 
 class GlobalModel:

@@ -157,6 +157,8 @@ class Trainer:
                 where = f"step {len(losses) + 1} of {steps}"
                 rate = float(schedule.get_last_lr()[0])
                 losses.append(self._accumulate(model, indices, where, rate))
+                if all(parameter.grad is None for parameter in parameters):
+                    raise _no_gradient(self.task)
                 norm = self._clip(parameters)
                 _check_finite("gradient norm", norm.item(), where, rate)
                 optimizer.step()
@@ -277,7 +279,6 @@ def _checked_loss(loss: object, task: Task) -> Tensor:
     Raises:
         TrainingError: It is no number, or no gradient leads from it to what is trained.
     """
-    where = f"the loss of {getattr(task, 'name', type(task).__name__)!r}"
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         found = type(loss).__name__
         if isinstance(loss, Tensor):
@@ -286,18 +287,26 @@ def _checked_loss(loss: object, task: Task) -> Tensor:
             "The loss is no single number that could be differentiated",
             expected="a tensor of one floating-point number, the mean over the batch",
             found=found,
-            where=where,
+            where=_loss_of(task),
         )
     if not loss.requires_grad:
-        raise TrainingError(
-            "No gradient reaches anything that is trained",
-            expected="a loss that depends on the parameters to be trained",
-            found="one that does not",
-            where=where,
-            fix="Does the forward detach what it computes, or run under no_grad? Are all layers "
-            "that it uses frozen?",
-        )
+        raise _no_gradient(task)
     return loss
+
+
+def _no_gradient(task: Task) -> TrainingError:
+    return TrainingError(
+        "No gradient reaches anything that is trained",
+        expected="a loss that depends on the parameters to be trained",
+        found="one that does not",
+        where=_loss_of(task),
+        fix="Does the forward detach what it computes, or run under no_grad? Are all layers "
+        "that it uses frozen?",
+    )
+
+
+def _loss_of(task: Task) -> str:
+    return f"the loss of {getattr(task, 'name', type(task).__name__)!r}"
 
 
 def _check_finite(what: str, value: float, where: str, rate: float) -> None:
