@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class _Nowhere(io.RawIOBase):
 
 
 class _Census(pickle.Pickler):
-    """Pickles all but tensors, of which it counts the bytes; keeps nothing of either."""
+    """Pickles all but tensors, of which it counts what they take; keeps nothing of either."""
 
     def __init__(self) -> None:
         super().__init__(_Nowhere(), protocol=pickle.HIGHEST_PROTOCOL)
@@ -38,7 +39,8 @@ class _Census(pickle.Pickler):
         if not isinstance(one, Tensor):
             return None
         storage = one.untyped_storage()
-        self._sizes[storage.data_ptr()] = storage.nbytes()
+        # Each is a file of its own there, of whole pages.
+        self._sizes[storage.data_ptr()] = -(-storage.nbytes() // PAGESIZE) * PAGESIZE
         return 0
 
     @property
@@ -47,7 +49,7 @@ class _Census(pickle.Pickler):
 
 
 def bytes_of_tensors(one: Any) -> int:
-    """Bytes of all tensors in something that is to be handed to processes.
+    """Bytes of shared memory for all tensors in something that is to be handed to processes.
 
     Raises:
         ConfigurationError: It cannot be: something in it is not picklable.
