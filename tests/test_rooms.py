@@ -11,7 +11,8 @@ import fedveil
 
 SOURCE = Path(fedveil.__file__).parent
 ROOMS = (
-    "printable", "errors", "log", "files", "units", "secret", "drawing", "masking", "selection",
+    "printable", "errors", "log", "files", "unsupported",
+    "units", "secret", "drawing", "masking", "selection",
     "state", "shards", "shrinking", "quantization", "wire", "updates", "aggregation", "schemes",
     "training", "audit", "engine", "federation", "data", "config", "merging", "screen", "report",
     "flower", "deploy", "demo", "cli", "",

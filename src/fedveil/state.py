@@ -6,10 +6,14 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fedveil.errors import ConfigurationError
 from fedveil.units.ties import refuse_overlaps
@@ -90,8 +94,9 @@ def architecture_of(
 ) -> nn.Module:
     """A model of the same architecture whose parameters and persistent buffers are zero.
 
-    The model's weights are never copied on the way. Ties stay ties; buffers that are not saved,
-    and everything else about the model, are copied.
+    The model's weights are never copied on the way, nor is what is computed from them and kept as
+    an attribute, such as the weight of an old-style weight norm. Ties stay ties; buffers that are
+    not saved, and everything else about the model, are copied.
 
     Args:
         model: Perhaps on the meta device itself: its tensors have no data then.
@@ -101,8 +106,8 @@ def architecture_of(
             public and copied.
     """
 
-    def make(name: str, tensor: Tensor) -> Tensor:
-        if zero is None or name in zero:
+    def make(name: str | None, tensor: Tensor) -> Tensor:
+        if zero is None or name is None or name in zero:
             return torch.zeros_like(tensor, device=device or tensor.device)
         return tensor.to(device or tensor.device, copy=True)
 
@@ -122,23 +127,28 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     copied from the model.
     """
 
-    def take(name: str, own: Tensor) -> Tensor:
-        if name not in state:
+    def take(name: str | None, own: Tensor) -> Tensor:
+        if name is None or name not in state:
             return own.clone()
         given = state[name].detach()
         if given.stride() == own.stride() and given.shape == own.shape:
             return given.to(own.device, own.dtype)
         return torch.empty_like(own).copy_(given)
 
-    return _rebuilt(model, take)
+    built = _rebuilt(model, take)
+    _derive(built)
+    return built
 
 
 @torch.no_grad()
-def _rebuilt(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> nn.Module:
+def _rebuilt(model: nn.Module, make: Callable[[str | None, Tensor], Tensor]) -> nn.Module:
     """A copy of a model with ``make(name, tensor)`` in the place of each tensor of its state.
 
+    The name is None for what is computed from such tensors, and stands in a module as an attribute.
+
     Raises:
-        ConfigurationError: Two tensors share memory without being one: no copy could keep that.
+        ConfigurationError: Two tensors share memory without being one: no copy could keep that; or
+            the model cannot be copied.
     """
     refuse_overlaps(model)
     own = model.state_dict(keep_vars=True)
@@ -156,8 +166,55 @@ def _rebuilt(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> nn.Modu
         # One that is not saved may be a second name of a tensor that is.
         if id(buffer) not in memo and buffer.numel() and tie_key(buffer) in made:
             memo[id(buffer)] = made[tie_key(buffer)].detach()
-    # What deepcopy finds in its memo it does not copy, wherever in the model it stands.
-    return copy.deepcopy(model, memo)
+    stores = {tensor.untyped_storage().data_ptr() for tensor in own.values() if tensor.numel()}
+    for tensor, is_derived in _attributes(model):
+        key = tie_key(tensor)
+        if tensor.numel() and key in made:
+            memo.setdefault(id(tensor), made[key].detach())
+        elif is_derived or (tensor.numel() and tensor.untyped_storage().data_ptr() in stores):
+            memo.setdefault(id(tensor), make(None, tensor.detach()))
+    try:
+        # What deepcopy finds in its memo it does not copy, wherever in the model it stands.
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ConfigurationError(
+            "The model cannot be copied",
+            expected="a model that copy.deepcopy can copy",
+            found=f"{type(error).__name__}: {error}".splitlines()[0],
+            where=type(model).__name__,
+            fix="Take out of its modules what holds open files, threads, or tensors with a "
+            "gradient.",
+        ) from error
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[Tensor, bool]]:
+    """Tensors that stand in modules as plain attributes, and whether they are computed of others:
+    by a hook, or with a gradient, which nothing that can be copied has.
+    """
+    for module in model.modules():
+        derived = {name for name, _ in _derivations(module)}
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield value, name in derived or not value.is_leaf
+
+
+@torch.no_grad()
+def _derive(model: nn.Module) -> None:
+    """Compute anew what hooks keep as attributes, as a forward pass would."""
+    for module in model.modules():
+        for name, compute in _derivations(module):
+            setattr(module, name, compute(module))
+
+
+def _derivations(module: nn.Module) -> Iterator[tuple[str, Callable[[nn.Module], Tensor]]]:
+    """What old-style norms and pruning compute of a module's tensors, by the attribute's name."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            yield hook.name, hook.compute_weight
+        elif isinstance(hook, SpectralNorm):
+            yield hook.name, partial(hook.compute_weight, do_power_iteration=False)
+        elif isinstance(hook, BasePruningMethod):
+            yield hook._tensor_name, hook.apply_mask
 
 
 def _as(like: Tensor, tensor: Tensor) -> Tensor:

@@ -96,8 +96,8 @@ class StreamingMean:
                 self._add(name, updates, selection, weight * scales.update)
             if name not in self._weights:
                 self._weights[name] = torch.zeros(_weight_shape(selection, name, shape))
-            own = self._weights[name]
-            add_part(_ONE if own.dim() else _ONE[0], selection.positions(name), own, weight)
+            one = _ONE if shape else _ONE[0]  # a single number has no axis
+            add_part(one, selection.positions(name), self._weights[name], weight)
         self.total_weight += weight
         self.clients += 1
 

@@ -51,8 +51,8 @@ def run(
 
       fedveil partner run partner.toml
     """
-    from fedveil.config import build_workplace, load_config
-    from fedveil.flower import Partner
+    from fedveil.config import load_config
+    from fedveil.flower.apps import partner_of
     from fedveil.flower.runtime import Runtime
     from fedveil.flower.serving import StopServing, serve
 
@@ -61,12 +61,12 @@ def run(
     for handler in logging.getLogger().handlers:  # what Flower logs, too
         handler.addFilter(PlainRecords())
     config = load_config(file)
-    place = build_workplace(config)
-    mine = Partner(config.whose().name, place, config.whose().threads)
+    mine = partner_of(config)
     folder = link or config.path.parent / "flwr" / "link"
     token, authority = _make_link(folder)
     _reach_this_machine_directly()
-    say(PlainConsole(), f"{mine.name} is ready, with {place.trainers[mine.name].examples} examples")
+    examples = mine.place.trainers[mine.name].examples
+    say(PlainConsole(), f"{mine.name} is ready, with {examples} examples")
 
     def stop(number: int, frame: object) -> NoReturn:
         raise StopServing

@@ -5,26 +5,30 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
 import torch
 import torch.multiprocessing
-from torch import nn
+from torch import Tensor, nn
 
+from fedveil.engine.beginning import Beginning
 from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, threads
 from fedveil.engine.memory import ClientFiles
-from fedveil.errors import FedveilError, TrainingError
+from fedveil.engine.sending import bytes_of_tensors, fits_shared_memory
+from fedveil.errors import ConfigurationError, FedveilError, TrainingError
 from fedveil.schemes import ClientSide, Scheme
 from fedveil.state import architecture_of
 from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
@@ -32,6 +36,7 @@ from fedveil.training.modes import on_device
 from fedveil.wire import Message
 
 __all__ = [
+    "OUT_OF_MEMORY",
     "InTurn",
     "Pool",
     "Workplace",
@@ -59,6 +64,17 @@ class Workplace:
     memories: ClientFiles | None = None
     device: str | None = None
 
+    @cached_property
+    def beginning(self) -> Beginning:
+        """What the architecture is before each message."""
+        return self.begun_as({})
+
+    def begun_as(self, origin: Mapping[str, Tensor]) -> Beginning:
+        """The same, of values that are kept elsewhere already, by name."""
+        tensors = getattr(self.side, "tensors", None)
+        sent = frozenset() if tensors is None else frozenset(tensors(self.architecture))
+        return Beginning(self.architecture, sent, origin)
+
 
 def bare_architecture(scheme: Scheme, model: nn.Module) -> nn.Module:
     """What a client has of a model before the first message, wherever it is.
@@ -83,17 +99,30 @@ def work(place: Workplace, job: Job, write: Callable[[Message], bytearray | memo
     except FedveilError as error:
         return Answer(job.client, None, error)
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        failure = TrainingError(
-            "A client's training failed",
-            found=f"{type(error).__name__}: {error}",
-            where=f"{frame.filename}:{frame.lineno}",
-        )
-        return Answer(job.client, None, failure)
+        return Answer(job.client, None, _failure(error))
     return Answer(job.client, reply, None, before, after, time.perf_counter() - started)
 
 
+OUT_OF_MEMORY = "There is not enough memory to train"
+
+
+def _failure(error: BaseException) -> TrainingError:
+    """What went wrong in code that is not ours, or that we did not foresee."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    found = f"{type(error).__name__}: {error}"
+    where = f"{frame.filename}:{frame.lineno}"
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or any(word in str(error).lower() for word in words):
+        fix = (
+            "Lower batch_size, or raise gradient_accumulation_steps; gradient_checkpointing takes "
+            "less memory, and so does an adapter (LoRA)."
+        )
+        return TrainingError(OUT_OF_MEMORY, found=found, where=where, fix=fix)
+    return TrainingError("A client's training failed", found=found, where=where)
+
+
 def _fit(place: Workplace, client: str, message: Message, run: LocalRun) -> Message:
+    place.beginning.restore()
     if place.memories is None:
         return place.side.fit(message, place.architecture, run)
     memory = place.memories.recall(client, message.round)
@@ -103,6 +132,7 @@ def _fit(place: Workplace, client: str, message: Message, run: LocalRun) -> Mess
 
 
 def _measure_received(place: Workplace, client: str, message: Message) -> Measures | None:
+    place.beginning.restore()
     if place.memories is None:
         place.side.load(message, place.architecture)
     else:
@@ -147,6 +177,8 @@ class Pool:
 
     def __init__(self, place: Workplace, workers: int) -> None:
         self._place, self._workers = place, workers
+        # What does not fit into shared memory goes as bytes: each process then has its own.
+        self._by_value = not fits_shared_memory(bytes_of_tensors(place))
         self._executor = self._start()
 
     def present(self, wanted: int) -> None:
@@ -168,12 +200,21 @@ class Pool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self._workers,
-            mp_context=_process_context(self._place),
-            initializer=_settle_in,
-            initargs=(self._place, torch.get_float32_matmul_precision()),
-        )
+        handed = pickle.dumps(self._place) if self._by_value else self._place
+        try:
+            return ProcessPoolExecutor(
+                self._workers,
+                mp_context=_process_context(self._place),
+                initializer=_settle_in,
+                initargs=(handed, torch.get_float32_matmul_precision()),
+            )
+        except OSError as error:
+            raise ConfigurationError(
+                "Processes for clients cannot be started",
+                found=str(error),
+                fix="Run it with workers=1, or give the machine more shared memory (/dev/shm; of a "
+                "container --shm-size).",
+            ) from error
 
     def _submit(self, job: Job) -> Future[Answer]:
         try:
@@ -270,8 +311,10 @@ def _process_context(place: Workplace) -> BaseContext:
 _place: Workplace | None = None
 
 
-def _settle_in(place: Workplace, matmul_precision: str) -> None:
+def _settle_in(handed: Workplace | bytes, matmul_precision: str) -> None:
     global _place
+    # What is unpickled here is what this very program pickled.
+    place: Workplace = pickle.loads(handed) if isinstance(handed, bytes) else handed  # noqa: S301
     # Ctrl-C reaches every process of the terminal: the server stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_the_server, daemon=True).start()
@@ -279,6 +322,14 @@ def _settle_in(place: Workplace, matmul_precision: str) -> None:
     torch.set_float32_matmul_precision(matmul_precision)  # as in the process that started this one
     # Tensors that are handed to a process share memory with everyone else's: take a copy to train.
     _place = replace(place, architecture=copy.deepcopy(place.architecture))
+    vars(_place)["beginning"] = _place.begun_as(_tensors_of(place.architecture))
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, the tensors themselves."""
+    named = (*model.named_parameters(remove_duplicate=False),
+             *model.named_buffers(remove_duplicate=False))  # fmt: skip
+    return {name: tensor.detach() for name, tensor in named}
 
 
 def _leave_with_the_server() -> None:

@@ -10,6 +10,9 @@ __all__ = ["Observer"]
 class Observer:
     """Hears of every event; does nothing with it unless a subclass does."""
 
+    def untried(self, reason: str) -> None:
+        """No round could be tried in small before the first, for this reason."""
+
     def run_started(self, rounds: int, finished: int) -> None:
         """A run of ``rounds`` rounds begins; ``finished`` are done already (resumed)."""
 
@@ -27,6 +30,9 @@ class Observer:
 
     def client_bounded(self, number: int, client: str, cuts: str) -> None:
         """A client's reply counts for less than it asked for."""
+
+    def client_unusual(self, number: int, client: str, why: str) -> None:
+        """A client began or ended far from the others; its reply counts all the same."""
 
     def client_left_out(self, number: int, client: str, reason: str) -> None:
         """A round was closed without a client's reply, which would have ruined the model."""

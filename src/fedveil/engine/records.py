@@ -36,6 +36,8 @@ class RoundRecord:
         exposed_together: The same of all clients of the run united; None if nothing is kept.
         ledger: How far the exposure ledger went by the end of the round, from which it is seen if
             some of it was lost; None if there is none on disk.
+        unusual: Clients that began or ended far from the others, or changed next to nothing, with
+            what is unusual: they may have other settings, or other data. It cuts nothing.
         seconds: Wall-clock time of the round, measuring included.
     """
 
@@ -54,6 +56,7 @@ class RoundRecord:
     exposed: dict[str, float] = field(default_factory=dict)
     exposed_together: float | None = None
     ledger: str | None = None
+    unusual: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:

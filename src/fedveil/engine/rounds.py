@@ -16,13 +16,15 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fedveil.audit import Exposure, Manifest
-from fedveil.engine.bounds import Bounded, Bounds, Claim
+from fedveil.engine.beginning import Beginning
+from fedveil.engine.bounds import Bounded, Bounds, Claim, times_median
 from fedveil.engine.checkpoint import KEPT, Checkpoint, CheckpointFolder
 from fedveil.engine.closing import Closing, Outcome
 from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, order_of, seed_of, threads
 from fedveil.engine.ledger import open_ledger
 from fedveil.engine.memory import ClientFiles
 from fedveil.engine.observer import Observer
+from fedveil.engine.outliers import far_from_others
 from fedveil.engine.records import RoundRecord
 from fedveil.engine.run_folder import RunFolder
 from fedveil.engine.spool import Spool
@@ -37,7 +39,7 @@ from fedveil.errors import (
 from fedveil.files import write_whole
 from fedveil.schemes import ServerSide, examples_of
 from fedveil.secret import Secret
-from fedveil.state import load_state
+from fedveil.state import load_state, read_state
 from fedveil.training import Prepared, Task, evaluate
 from fedveil.training.modes import on_device
 from fedveil.wire import Limits, Message, reply_limits
@@ -147,6 +149,7 @@ class Rounds:
     reached_by_base: dict[str, float] | None = field(default=None, init=False)
     _awaited: dict[str, Limits] = field(default_factory=dict, init=False)
     _released: list[str] = field(default_factory=list, init=False)
+    _beginning: Beginning | None = field(default=None, init=False)
 
     def run(self, rounds: int, *, resume: bool, from_round: int | None = None) -> list[RoundRecord]:
         """Run until round ``rounds`` is finished; returns the records of all rounds.
@@ -213,6 +216,9 @@ class Rounds:
         if self.test is None:
             return None
         rows = self.test.select(range(min(_GLANCE, len(self.test)))) if few else self.test
+        if self._beginning is None:
+            self._beginning = Beginning(self.model, read_state(self.model).keys())
+        self._beginning.restore()
         load_state(self.model, state)
         # The workers are idle meanwhile, but as many threads as workers would add up otherwise.
         with threads(MEASURING_THREADS), on_device(self.model, self.device):
@@ -242,6 +248,9 @@ class Rounds:
                 partial(self._look, few=not is_due),
             ).run()  # fmt: skip
         self._write_down(record, outcome, bounded)
+        record.unusual = far_from_others(record.loss_first, record.loss_last, times_median(claims))
+        for client, why in record.unusual.items():
+            self.observer.client_unusual(number, client, why)
         record.measures = self._measure(number, rounds, outcome.seen if is_due else None)
         if self._exposure is not None:
             record.exposed = {name: self._exposure.share([name]) for name in record.bytes_down}

@@ -21,6 +21,7 @@ from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import AuditError, ConfigurationError
 from fedveil.federation.clients import Remote, Rows, check_names, name_clients, prepared, trainer_of
 from fedveil.federation.owner import Judge, Tuner, Tuning
+from fedveil.federation.preflight import Preflight
 from fedveil.federation.settings import (
     check_count,
     check_declared,
@@ -38,6 +39,7 @@ from fedveil.state import (
     with_state,
 )
 from fedveil.training import Prepared, Task, Trainer, Training
+from fedveil.unsupported import check_supported
 from fedveil.wire import Limits
 
 __all__ = ["Federation", "Result"]
@@ -190,6 +192,9 @@ class Federation:
         # A secret that nobody keeps cannot be used to resume.
         self._secret_is_kept = secret is not None
         self._secret = secret or Secret.generate()
+        for one in (model, public):
+            if one is not None:
+                check_supported(one, self.scheme.tensors)
         # Never changed: whatever changes is made from it.
         self._model = copy_of(model) if copy else model
         self._seed, self._workers = seed, workers
@@ -241,9 +246,14 @@ class Federation:
             crew: Who does the clients' part, if they are on other machines (:mod:`fedveil.flower`);
                 None works with the data at hand, on this one.
 
+        Before anything is released, one round in small is tried on a few rows of the owner's (in a
+        simulation without any, of a client's), whose proxy is thrown away: what would fail at every
+        client fails then. Without rows only names and types are looked at, and the observer hears.
+
         Raises:
             ConfigurationError: If the rounds need more releases than clients may be sent, or the
-                model, used without a copy, is not what it was.
+                model, used without a copy, is not what it was, or cannot be trained as it is told.
+            TrainingError: If a step of training fails with the owner's rows.
             CheckpointError: If ``out`` already holds a run and neither of the two is set, another
                 run is at work there, or something else is in the way; or its checkpoint belongs to
                 another configuration or is damaged, or its exposure ledger is not what it was.
@@ -264,6 +274,7 @@ class Federation:
                 fix="Pass secret=Secret.from_file(...), to both runs.",
             )
         configuration = self.configuration()
+        self._try_first(here=crew is None)
         server = self._server()
         # What measures takes memory only if there is something to measure it on.
         measured = self._architecture(None if self._test is not None else "meta")
@@ -305,6 +316,22 @@ class Federation:
         model = with_state(self._model, final)
         return Result(model, records, base, _fp32_bytes(own))
 
+    def _try_first(self, *, here: bool) -> None:
+        """One round in small, before anything is written or released."""
+        several = here and self._workers > 1
+        untried = Preflight(
+            self.scheme, self.released, self.workplace(), self.training, self._rows_to_try(),
+            here, several,
+        ).run()  # fmt: skip
+        if untried:
+            self._observer.untried(untried)
+
+    def _rows_to_try(self) -> Prepared | None:
+        """The owner's rows; in a simulation a client's, if there are no others."""
+        tuned = None if self._tuning is None else self._tuning.data
+        clients = [self._trainers[name].data for name in sorted(self._trainers)]
+        return next((rows for rows in (self._owner, self._test, tuned, *clients) if rows), None)
+
     @contextmanager
     def _alone_in_folder(self, *, overwrite: bool) -> Iterator[None]:
         if self._out is None:
@@ -323,6 +350,11 @@ class Federation:
     def released(self) -> nn.Module:
         """What proxies are of: the public model if there is one, else the base. Likewise."""
         return self._model if self._public is None else self._public
+
+    @property
+    def task(self) -> Task:
+        """What the model is trained for."""
+        return self._task
 
     def stage(self, public: nn.Module | None = None) -> Stage:
         """What an audit of the run in ``out`` measures with; see :func:`fedveil.audit.audit`.

@@ -21,6 +21,7 @@ from fedveil.engine.patience import Patience
 from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import ConfigurationError
 from fedveil.federation import Result
+from fedveil.flower.agreement import settings_of
 from fedveil.flower.client import Partner, client_app
 from fedveil.flower.crew import FlowerCrew
 from fedveil.flower.directory import ByKey
@@ -62,8 +63,11 @@ def run(config: Config, grid: Grid) -> Result:
         watched(progress, config.out, config.federation.track) as observer,
     ):
         place.check(["model"])  # it must not turn out at the end that something is there
-        crew = FlowerCrew(grid, directory, patience, progress.waiting)
         federation = build(config, observer=observer)
+        common = settings_of(
+            federation.scheme, federation.training, federation.task, federation.released
+        )
+        crew = FlowerCrew(grid, directory, patience, progress.waiting, common)
         result = federation.run(config.federation.rounds, resume=True, crew=crew)
         model = save_model(config, result.global_model)
     print(f"your tuned model: {model}")
@@ -101,8 +105,18 @@ def _main(grid: Grid, context: Context) -> None:
 @lru_cache(maxsize=1)
 def _partner(path: str) -> Partner:
     config = load_config(path)
+    return partner_of(config)
+
+
+def partner_of(config: Config) -> Partner:
+    """What a client has, of its own file.
+
+    Raises:
+        FedveilError: As of :func:`~fedveil.config.build_workplace`.
+    """
     place = build_workplace(config)
-    return Partner(config.whose().name, place, config.whose().threads)
+    common = settings_of(config.scheme, config.training, place.task, place.architecture)
+    return Partner(config.whose().name, place, config.whose().threads, common)
 
 
 def find_partner(context: Context) -> Partner:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from fedveil.engine.crew import Job, threads
 from fedveil.engine.in_process import Workplace, work
 from fedveil.errors import FedveilError, ProtocolError, WireError
+from fedveil.flower.agreement import check_agreement
 from fedveil.flower.payload import pack, unpack
 from fedveil.log import LOG
 from fedveil.wire import Message as Wire
@@ -27,11 +28,14 @@ class Partner:
         place: Its architecture, task and data: trainers for its own name.
         threads: Threads to train on. The sums of one are the same everywhere; more are faster, and
             differ in the last bits.
+        settings: What it must have in common with the owner; see
+            :func:`~fedveil.flower.agreement.settings_of`. What is not there is not compared.
     """
 
     name: str
     place: Workplace
     threads: int = 1
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 def client_app(partner: Callable[[Context], Partner]) -> ClientApp:
@@ -79,7 +83,8 @@ def _train(message: Message, partner: Partner) -> bytearray | memoryview:
     """The update that a proxy becomes.
 
     Raises:
-        FedveilError: The message is none, or for another client; or training failed.
+        FedveilError: The message is none, or for another client; the owner has other settings; or
+            training failed.
     """
     data, facts = unpack(message.content)
     seed = facts.get("seed")
@@ -91,6 +96,7 @@ def _train(message: Message, partner: Partner) -> bytearray | memoryview:
         raise ProtocolError(
             "A proxy is for another client", expected=partner.name, found=addressed[:80]
         )
+    check_agreement(facts.get("settings"), partner.settings)
     with threads(partner.threads):
         answer = work(partner.place, Job(partner.name, bytearray(data), seed), Wire.to_bytes)
     if answer.reply is None:

@@ -16,6 +16,7 @@ from fedveil.engine.crew import Answer, Job
 from fedveil.engine.patience import Patience
 from fedveil.errors import CheckpointError, FedveilError, ProtocolError, TrainingError, WireError
 from fedveil.files import write_whole
+from fedveil.flower.agreement import DisagreementError, packed
 from fedveil.flower.directory import Directory
 from fedveil.flower.payload import pack, unpack
 from fedveil.wire import Limits
@@ -47,6 +48,9 @@ class FlowerCrew:
         directory: Which node is which client.
         patience: How long to wait.
         tell: Hears what is waited for.
+        settings: What clients must have in common with the owner, as
+            :func:`~fedveil.flower.agreement.settings_of` finds it: a client that has something else
+            does not train. None compares nothing.
     """
 
     one_at_a_time = True
@@ -57,8 +61,10 @@ class FlowerCrew:
         directory: Directory,
         patience: Patience | None = None,
         tell: Tell = lambda text: None,
+        settings: Mapping[str, object] | None = None,
     ) -> None:
         self._grid, self._directory, self._tell = grid, directory, tell
+        self._facts = {} if settings is None else {"settings": packed(settings)}
         self._patience = patience or Patience()
         self._nodes: Mapping[str, int] = {}
 
@@ -107,7 +113,7 @@ class FlowerCrew:
 
     def _ask(self, job: Job) -> str | None:
         """Send a job; the number under which its answer is found, or None if it was not sent."""
-        content = pack(job.proxy, {"seed": job.seed})
+        content = pack(job.proxy, {"seed": job.seed, **self._facts})
         message = Message(
             content=content, dst_node_id=self._nodes[job.client], message_type=MessageType.TRAIN,
             ttl=self._patience.give_up,
@@ -203,6 +209,12 @@ class _Inbox:
 def _said(client: str, facts: Mapping[str, int | str]) -> FedveilError:
     """What a client says of its failure: a kind, and nothing of what its error said."""
     kind = facts.get("failure")
+    if kind == DisagreementError.__name__:
+        return DisagreementError(
+            "A client did not train, as its settings are not the owner's",
+            where=client,
+            fix="Its own log names those that differ.",
+        )
     known = kind if kind in ("TrainingError", "DataError", "ProtocolError", "WireError") else ""
     return TrainingError(
         "A client could not train",

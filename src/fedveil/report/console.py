@@ -47,6 +47,10 @@ class ConsoleProgress(Observer):
         self._waiting = ""
         self._said_size = False
 
+    def untried(self, reason: str) -> None:
+        """See :class:`Observer`."""
+        self._say(f"no round was tried in small before the first: {reason}", style="yellow")
+
     def run_started(self, rounds: int, finished: int) -> None:
         """See :class:`Observer`."""
         self.stop()
@@ -93,6 +97,10 @@ class ConsoleProgress(Observer):
     def client_bounded(self, number: int, client: str, cuts: str) -> None:
         """See :class:`Observer`."""
         self._say(f"round {number}: {client} counts for less: {cuts}", style="yellow")
+
+    def client_unusual(self, number: int, client: str, why: str) -> None:
+        """See :class:`Observer`."""
+        self._say(f"round {number}: {client} is far from the others: {why}", style="yellow")
 
     def client_left_out(self, number: int, client: str, reason: str) -> None:
         """See :class:`Observer`."""

@@ -210,6 +210,9 @@ class _Watched(Observer):
     def __init__(self, observer: Observer, trackers: Sequence[_Guarded]) -> None:
         self._observer, self._trackers = observer, trackers
 
+    def untried(self, reason: str) -> None:
+        self._observer.untried(reason)
+
     def run_started(self, rounds: int, finished: int) -> None:
         self._observer.run_started(rounds, finished)
         for tracker in self._trackers:
@@ -229,6 +232,9 @@ class _Watched(Observer):
 
     def client_bounded(self, number: int, client: str, cuts: str) -> None:
         self._observer.client_bounded(number, client, cuts)
+
+    def client_unusual(self, number: int, client: str, why: str) -> None:
+        self._observer.client_unusual(number, client, why)
 
     def client_left_out(self, number: int, client: str, reason: str) -> None:
         self._observer.client_left_out(number, client, reason)

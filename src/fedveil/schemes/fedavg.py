@@ -12,7 +12,7 @@ from fedveil.schemes.adapters import frozen_names
 from fedveil.schemes.base import Metrics, Scheme, ServerState
 from fedveil.schemes.client import ProxyClient, no_groups
 from fedveil.schemes.facts import EXACT, Facts
-from fedveil.schemes.global_model import GlobalModel
+from fedveil.schemes.global_model import GlobalModel, sent
 from fedveil.schemes.ledger import RoundLedger
 from fedveil.schemes.registry import register_scheme
 from fedveil.secret import Secret
@@ -108,7 +108,7 @@ class FedAvgServer:
         self._ledger.begin(number)
         self._sums = self._new_sums()
         # A copy, once per round: a message that someone keeps must not change with the model.
-        self._sections = Sections({n: Dense(t) for n, t in self._global.export().items()})
+        self._sections = Sections({n: Dense(sent(t)) for n, t in self._global.export().items()})
 
     def release(self, client: str) -> Message:
         """The whole model."""

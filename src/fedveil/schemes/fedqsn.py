@@ -31,7 +31,7 @@ from fedveil.schemes.adapters import (
 from fedveil.schemes.base import Metrics, Scheme, ServerState
 from fedveil.schemes.client import UNIT_PREFIX, ProxyClient
 from fedveil.schemes.facts import Facts, bits_of
-from fedveil.schemes.global_model import GlobalModel
+from fedveil.schemes.global_model import GlobalModel, sent
 from fedveil.schemes.ledger import RoundLedger
 from fedveil.schemes.registry import register_scheme
 from fedveil.secret import Secret
@@ -379,7 +379,7 @@ class FedQSNServer:
         if axis is not None:
             return quantize(tensor, bits=self._bits, axis=axis, block=self._scheme.block)
         per_client = self._is_quantized(name)  # see `_section`: what is sent is made anew
-        return Dense(tensor.to(self._global.dtypes[name], copy=not per_client))
+        return Dense(sent(tensor.to(self._global.dtypes[name], copy=not per_client)))
 
     def _section(
         self, name: str, source: QuantizedTensor | Dense, selection: Selection

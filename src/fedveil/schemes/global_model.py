@@ -12,7 +12,15 @@ from fedveil.selection import Selection
 from fedveil.state import StateDict, check_trainable, working_copy
 from fedveil.wire.container import DTYPES
 
-__all__ = ["GlobalModel"]
+__all__ = ["GlobalModel", "sent"]
+
+_WIDER = {
+    torch.int8: torch.int32,
+    torch.int16: torch.int32,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+}
+"""Integers that have no name on the wire travel as wider ones; a client's model has their type."""
 
 
 class GlobalModel:
@@ -102,6 +110,11 @@ class GlobalModel:
             )
         for name, tensor in tensors.items():
             self.tensors[name].copy_(tensor)
+
+
+def sent(tensor: Tensor) -> Tensor:
+    """A tensor of a type that the wire knows, of the same numbers."""
+    return tensor.to(_WIDER.get(tensor.dtype, tensor.dtype))
 
 
 def _kind(tensor: Tensor) -> str:

@@ -8,16 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
-from fedveil.training.modes import evaluation_mode
+from fedveil.training.modes import evaluation_mode, seeded
 from fedveil.training.tasks import Dataset, Measure, Prepared, Task, device_of, to_device
 
 __all__ = ["evaluate"]
+
+_SEED = 0
 
 
 def evaluate(
     model: nn.Module, task: Task, data: Dataset | Prepared, *, batch_size: int = 64
 ) -> dict[str, float]:
     """Measure `model` on `data`, where the model is; it is left as it was.
+
+    A model that draws random numbers draws the same in every evaluation; the caller's generators
+    go on as if there had been none.
 
     Args:
         model: Any model the task can call. This function releases nothing, but what it returns
@@ -42,7 +47,8 @@ def evaluate(
     prepared, device = task.prepare(data), device_of(model)
     order = _by_length(prepared)
     measures: list[Measure] = []
-    with evaluation_mode(model), torch.no_grad():
+    # A model may draw numbers at any time: it draws the same wherever it is measured.
+    with seeded(_SEED, device), evaluation_mode(model), torch.no_grad():
         for start in range(0, len(order), batch_size):
             batch = task.collate(prepared.select(order[start : start + batch_size]))
             measures.append(task.measure(model, to_device(batch, device)))

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import DataError
-from fedveil.training.tasks import Batch, Classification, Dataset, Prepared, column, missing_column
+from fedveil.training.tasks import (
+    Batch,
+    Classification,
+    Dataset,
+    Prepared,
+    column,
+    logits_of,
+    missing_column,
+)
 
 __all__ = ["ImageClassification"]
 
@@ -93,9 +101,7 @@ class ImageClassification(Classification):
         images = batch["images"].to(_floating_type(model))
         # Models of transformers carry a config and take images by keyword only.
         output = model(pixel_values=images) if hasattr(model, "config") else model(images)
-        logits = getattr(output, "logits", output)
-        assert isinstance(logits, Tensor)
-        return logits
+        return logits_of(output, model, "B, C")
 
 
 def _as_tensor(image: Any, *, where: str) -> Tensor:

@@ -20,6 +20,7 @@ from fedveil.training.tasks import (
     check_tokens,
     column,
     column_names,
+    logits_of,
 )
 from fedveil.training.templates import cells, columns_of
 
@@ -306,9 +307,10 @@ class CausalLM(LanguageModelling):
     def answers(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """See :class:`LanguageModelling`: each token is predicted from those before it."""
         check_tokens(model, batch["input_ids"])
-        logits = model(
+        output = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **_uncached(model)
-        ).logits
+        )
+        logits = logits_of(output, model, "B, L, V")
         targets = batch["labels"][:, 1:]
         learned = targets != IGNORED
         # Of all logits only those that count are turned to float32: there are many.
@@ -351,10 +353,11 @@ class Seq2Seq(LanguageModelling):
         check_tokens(model, batch["input_ids"])
         check_tokens(model, batch["labels"])
         labels = batch["labels"]
-        logits = model(
+        output = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
             decoder_input_ids=_shifted(model, labels), **_uncached(model),
-        ).logits  # fmt: skip
+        )  # fmt: skip
+        logits = logits_of(output, model, "B, L, V")
         learned = labels != IGNORED
         return logits[learned].float(), labels[learned]
 

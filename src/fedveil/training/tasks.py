@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedveil.errors import DataError
+from fedveil.errors import ConfigurationError, DataError
 
 __all__ = ["Batch", "Dataset", "Measure", "Prepared", "Task"]
 
@@ -160,6 +160,13 @@ class Classification:
 
     def _checked_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = self.logits(model, batch).float()
+        if len(logits) != len(batch["labels"]):
+            raise ConfigurationError(
+                "The model does not return scores for each example",
+                expected=f"{len(batch['labels'])} rows of scores",
+                found=str(len(logits)),
+                where=f"the forward of {type(model).__name__}",
+            )
         # Checked here too, as num_labels may be unknown, or differ from what the model has.
         # An out-of-range label would otherwise kill a CUDA process for good.
         highest = int(batch["labels"].max())
@@ -212,6 +219,33 @@ def missing_column(name: str, found: Sequence[str], row: int | None = None) -> D
         expected=repr(name),
         found=", ".join(repr(other) for other in found) or "no columns",
         fix="Rename the column, or tell the task which one to use.",
+    )
+
+
+def logits_of(output: object, model: nn.Module, shape: str) -> Tensor:
+    """The scores in what a model returns: its `logits`, or the output itself.
+
+    Args:
+        output: Of the model's forward.
+        model: It is named if there are none.
+        shape: What is expected, as "B, C".
+
+    Raises:
+        ConfigurationError: There are none, or not of so many axes.
+    """
+    logits = getattr(output, "logits", output)
+    axes = shape.count(",") + 1
+    if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() == axes:
+        return logits
+    found = type(logits).__name__
+    if isinstance(logits, Tensor):
+        found = f"{str(logits.dtype).removeprefix('torch.')} of shape {list(logits.shape)}"
+    raise ConfigurationError(
+        "The task cannot read what the model returns",
+        expected=f"scores of shape [{shape}], as a tensor or as its attribute `logits`",
+        found=found,
+        where=f"the forward of {type(model).__name__}",
+        fix="Wrap the model in a module that returns them, or write a task that reads them.",
     )
 
 

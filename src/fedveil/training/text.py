@@ -17,6 +17,7 @@ from fedveil.training.tasks import (
     Prepared,
     check_tokens,
     column,
+    logits_of,
 )
 
 __all__ = ["TextClassification"]
@@ -123,9 +124,7 @@ class TextClassification(Classification):
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         if reads_last_place(model):
             inputs = turned_left(inputs)
-        logits = model(**inputs).logits
-        assert isinstance(logits, Tensor)
-        return logits
+        return logits_of(model(**inputs), model, "B, C")
 
     def _pad(self, tokens: list[dict[str, Any]]) -> Mapping[str, Tensor]:
         # Padding apart from tokenising is what we want; fast tokenizers advise against it, once.

@@ -34,7 +34,7 @@ from fedveil.training.tasks import (
     to_device,
 )
 
-__all__ = ["LocalRun", "Trainer", "TrainingRecord"]
+__all__ = ["LocalRun", "Trainer", "TrainingRecord", "trained_names"]
 
 
 @dataclass(frozen=True)
@@ -114,20 +114,7 @@ class Trainer:
             ConfigurationError: A pattern matches nothing, nothing is left to train, or a parameter
                 to be trained is fp16.
         """
-        names = list(model.named_parameters(remove_duplicate=False))
-        frozen: set[nn.Parameter] = set()
-        for pattern in self.training.frozen:
-            matching = {p for name, p in names if fnmatchcase(name, pattern)}
-            if not matching:
-                raise _unmatched(pattern, [name for name, _ in names])
-            frozen |= matching
-        chosen = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and parameter not in frozen
-        }
-        _check_trainable(chosen)
-        return set(chosen)
+        return trained_names(model, self.training)
 
     def train(self, model: nn.Module, *, seed: int) -> TrainingRecord:
         """Train `model` in place, where it is, for one round.
@@ -171,6 +158,8 @@ class Trainer:
                 where = f"step {len(losses) + 1} of {steps}"
                 rate = float(schedule.get_last_lr()[0])
                 losses.append(self._accumulate(model, indices, where, rate))
+                if all(parameter.grad is None for parameter in parameters):
+                    raise _no_gradient(self.task)
                 make_dense(parameters)
                 norm = self._clip(parameters)
                 _check_finite("gradient norm", norm.item(), where, rate)
@@ -202,7 +191,7 @@ class Trainer:
                 with seeded(seed + start, device):
                     batch = to_device(self.task.collate(rows), device)
                 yield batch
-                with torch.no_grad():
+                with torch.no_grad(), seeded(seed + start, device):
                     self.task.loss(model, batch)
 
     def _accumulate(
@@ -234,7 +223,7 @@ class Trainer:
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         try:
-            return self._taught.loss(model, batch)
+            return _checked_loss(self._taught.loss(model, batch), self.task)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -244,6 +233,28 @@ class Trainer:
                 found=f"{self.examples} in the data set, batch_size={self.training.batch_size}",
                 fix="Leave this client out, or raise batch_size.",
             ) from error
+
+
+def trained_names(model: nn.Module, training: Training) -> set[str]:
+    """What settings have a client train of a model: see :meth:`Trainer.trainable`.
+
+    Raises:
+        ConfigurationError: As of that.
+    """
+    names = list(model.named_parameters(remove_duplicate=False))
+    frozen: set[nn.Parameter] = set()
+    for pattern in training.frozen:
+        matching = {p for name, p in names if fnmatchcase(name, pattern)}
+        if not matching:
+            raise _unmatched(pattern, [name for name, _ in names])
+        frozen |= matching
+    chosen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter not in frozen
+    }
+    _check_trainable(chosen)
+    return set(chosen)
 
 
 def _restricted(task: Task, data: Prepared) -> Task:
@@ -262,6 +273,42 @@ def _weight(task: Task, batch: Batch, examples: int) -> int:
     """What a batch's mean loss is the mean over: examples, or what the task counts instead."""
     count = getattr(task, "count", None)
     return examples if count is None else int(count(batch))
+
+
+def _checked_loss(loss: object, task: Task) -> Tensor:
+    """What a task calls the loss, if it can be differentiated.
+
+    Raises:
+        TrainingError: It is no number, or no gradient leads from it to what is trained.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        found = type(loss).__name__
+        if isinstance(loss, Tensor):
+            found = f"{str(loss.dtype).removeprefix('torch.')} of shape {list(loss.shape)}"
+        raise TrainingError(
+            "The loss is no single number that could be differentiated",
+            expected="a tensor of one floating-point number, the mean over the batch",
+            found=found,
+            where=_loss_of(task),
+        )
+    if not loss.requires_grad:
+        raise _no_gradient(task)
+    return loss
+
+
+def _no_gradient(task: Task) -> TrainingError:
+    return TrainingError(
+        "No gradient reaches anything that is trained",
+        expected="a loss that depends on the parameters to be trained",
+        found="one that does not",
+        where=_loss_of(task),
+        fix="Does the forward detach what it computes, or run under no_grad? Are all layers "
+        "that it uses frozen?",
+    )
+
+
+def _loss_of(task: Task) -> str:
+    return f"the loss of {getattr(task, 'name', type(task).__name__)!r}"
 
 
 def _check_finite(what: str, value: float, where: str, rate: float) -> None:
