@@ -2,8 +2,9 @@
 
 An escape sequence moves a terminal's cursor or sets its title, a carriage return writes over a
 line, a line break adds one to a log, and marks of direction turn letters around. All of them are
-shown as Python writes them in a string. The words of every error go through here (errors.py), every
-line of a log (log.py), what is printed (screen.py), and the pages of reports (report/markup.py).
+shown as Python writes them in a string; half a character is a question mark. The words of every
+error go through here (errors.py), every line of a log (log.py), what is printed (screen.py), and
+the pages of reports (report/markup.py).
 """
 
 from __future__ import annotations
@@ -35,4 +36,6 @@ def _shown(character: str) -> str:
         or unicodedata.category(character) == "Zs"  # a space, such as that between Japanese words
     ):
         return character
+    if "\ud800" <= character <= "\udfff":  # half a character of UTF-16, which no file can hold
+        return "?"
     return character.encode("unicode_escape").decode("ascii")

@@ -90,6 +90,7 @@ def test_others_may_have_one():
     assert together == pytest.approx([alone, alone], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
 def test_an_adapter_changes_nothing_in_that():
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"], fan_in_fan_out=True)
