@@ -23,7 +23,7 @@ from fedveil.training import (
     evaluate,
     modes,
 )
-from fedveil.training.batches import Batches
+from fedveil.training.batches import Batches, split
 
 TASK = ImageClassification(num_labels=3)
 FAST = Training(epochs=3, batch_size=4, learning_rate=0.05)
@@ -381,3 +381,19 @@ class TestDevices:
             for name, tensor in toys.weights(other.global_model).items():
                 assert tensor.device.type == "cpu"
                 torch.testing.assert_close(tensor, toys.weights(one.global_model)[name])
+
+
+class TestPieces:
+    @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 2))
+    def test_hold_every_row_once_in_order_and_none_is_too_small(self, rows, pieces, least):
+        found = split(range(rows), pieces, least)
+        assert [row for piece in found for row in piece] == [*range(rows)]
+        assert len(found) <= pieces
+        assert all(len(piece) >= min(least, rows) for piece in found)
+
+    @pytest.mark.parametrize("rows, pieces", [(5, 4), (6, 6), (3, 2), (4, 4)])
+    def test_batch_norm_trains_in_pieces(self, rows, pieces):
+        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3))
+        training = Training(steps=2, batch_size=rows, gradient_accumulation_steps=min(pieces, rows))
+        record = Trainer(ImageClassification(), toys.rows(rows), training).train(model, seed=0)
+        assert record.steps == 2
