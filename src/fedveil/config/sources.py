@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedveil.config.classes import settled_classes
 from fedveil.config.file import Config
 from fedveil.data import encode_labels, load_data, partition
 from fedveil.errors import ConfigurationError, DataError
@@ -71,7 +72,8 @@ def load_rows(config: Config) -> Rows:
     }
     names, encoded = [], parts
     if data.has_classes:
-        names = data.labels or _class_names(parts, data.label, config.model.num_labels)
+        known = data.labels or _class_names(parts, data.label, config.model.num_labels)
+        names = settled_classes(config, known)
         encoded = {who: _encode(rows, who, data.label, names) for who, rows in parts.items()}
         lent = {
             who: None if rows is None else _encode(rows, who, data.label, names)
@@ -112,6 +114,7 @@ def _rows_of_partner(config: Config) -> Rows:
     rows = _draw(load_data(path), data.train_limit, config.federation.seed)
     names = data.labels or []
     if data.has_classes:
+        names = settled_classes(config, names)
         rows = _encode(rows, f"client {name}", data.label, names)
     return Rows({name: rows}, None, None, None, names)
 

@@ -95,9 +95,9 @@ class TextClassification(Classification):
         ]
         return Prepared(rows, lengths=[len(row["input_ids"]) for row in rows])
 
-    def classes_in(self, data: Prepared) -> list[int]:
-        """The classes of which there are examples, in order."""
-        return sorted({row["labels"] for row in data.select(range(len(data)))})
+    def labels_of(self, data: Prepared) -> list[int]:
+        """The class of each row."""
+        return [row["labels"] for row in data.select(range(len(data)))]
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Token tensors padded to the longest row, shape [B, L], and labels, shape [B]."""
