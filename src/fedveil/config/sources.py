@@ -15,7 +15,7 @@ from fedveil.errors import ConfigurationError, DataError
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["Rows", "is_file", "load_rows", "load_source", "load_test"]
+__all__ = ["Rows", "class_names", "is_file", "load_rows", "load_source", "load_test"]
 
 _SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 _TRAIN, _TEST, _OWNER = "the training set", "the test set", "the owner's data"
@@ -72,7 +72,7 @@ def load_rows(config: Config) -> Rows:
     }
     names, encoded = [], parts
     if data.has_classes:
-        known = data.labels or _class_names(parts, data.label, config.model.num_labels)
+        known = data.labels or class_names(parts, data.label, config.model.num_labels)
         names = settled_classes(config, known)
         encoded = {who: _encode(rows, who, data.label, names) for who, rows in parts.items()}
         lent = {
@@ -164,10 +164,19 @@ def _draw(rows: datasets.Dataset, limit: int | None, seed: int) -> datasets.Data
     return rows.shuffle(seed=seed, keep_in_memory=True).select(range(limit), keep_in_memory=True)
 
 
-def _class_names(
+def class_names(
     parts: Mapping[str, datasets.Dataset], label: str, num_labels: int | None
 ) -> list[str]:
-    """The classes of all clients together, numbers in the order of numbers."""
+    """The classes of all clients together, numbers in the order of numbers.
+
+    Args:
+        parts: Rows, by whose they are.
+        label: The column of classes.
+        num_labels: How many classes the model has, if the file says.
+
+    Raises:
+        DataError: There is no such column, or it names no classes; the error says whose it is.
+    """
     found = {who: _names(rows, who, label) for who, rows in parts.items()}
     first, *others = found.values()
     if all(names == first for names in others) and not _are_numbers(first):

@@ -18,6 +18,8 @@ from typing import Any
 from torch import nn
 
 from fedveil.config import Config, build, open_secret
+from fedveil.config.adapters import saved_whole
+from fedveil.config.classes import settled_classes
 from fedveil.config.tables import RANDOM, is_function
 from fedveil.deploy.architecture import (
     check_tokenizer,
@@ -177,7 +179,7 @@ def _write_partner(
         elif not address.is_local or file not in _CONTAINERS:
             write_public(folder / file, text)
     write_public(folder / "README.md", _filled("partner/README.md", words))
-    write_public(folder / "partner.toml", _partner_file(config, name))
+    write_public(folder / "partner.toml", _partner_file(config, model, name))
     if _is_saved(config):
         save_architecture(config, model, folder / _ARCHITECTURE)
     elif _is_tokenizer_saved(config):
@@ -234,7 +236,7 @@ def _told(name: str) -> str:
     return path.name if elsewhere else name
 
 
-def _partner_file(config: Config, name: str) -> str:
+def _partner_file(config: Config, released: nn.Module, name: str) -> str:
     """A client's partner.toml: nothing in it that a client need not know."""
     model: dict[str, Any] = {"name": _told(_released(config))}
     if _is_saved(config):
@@ -247,9 +249,15 @@ def _partner_file(config: Config, name: str) -> str:
         model["num_labels"] = config.model.num_labels
     if config.model.lora is not None:
         model["lora"] = {k: v for k, v in config.model.lora.items() if k not in _OF_THE_OWNERS_BASE}
+        if whole := saved_whole(released):  # without weights nobody there sees what is new
+            model["lora"]["modules_to_save"] = whole
+    if config.scheme.clients_hold_rest and (config.model.new_head or config.model.public):
+        model["new_head"] = True
     if config.model.dtype != "float32":
         model["dtype"] = config.model.dtype
     data = {key: value for key, value in config.data.model_dump().items() if key in _DATA}
+    if data["labels"] is not None and config.data.has_classes:
+        data["labels"] = settled_classes(config, data["labels"])  # all that the model has
     scheme = {"name": config.scheme.name}
     for field in dataclasses.fields(config.scheme):  # type: ignore[arg-type]
         if field.name in config.scheme.client_fields:

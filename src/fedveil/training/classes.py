@@ -13,7 +13,14 @@ from torch import nn
 
 from fedveil.errors import ConfigurationError, FedveilWarning
 
-__all__ = ["check_classes", "in_stated_order", "same_classes", "stated_classes"]
+__all__ = [
+    "check_classes",
+    "check_stated",
+    "contradiction",
+    "in_stated_order",
+    "same_classes",
+    "stated_classes",
+]
 
 _NO_NAME = re.compile(r"LABEL_\d+")
 """What transformers calls a class of which nobody said a name."""
@@ -108,6 +115,35 @@ def check_classes(model: nn.Module, given: Sequence[str], where: str) -> None:
     stated = None if settings is None else stated_classes(settings)
     if stated is not None and not same_classes(stated, given):
         raise contradiction(stated, given, where)
+
+
+def check_stated(model: nn.Module, task: Any, data: Mapping[str, Any]) -> None:
+    """Refuse rows whose numbers of classes are not the model's, or not each other's.
+
+    Args:
+        model: Of which a configuration may name the classes (``id2label``).
+        task: A classification, if there is anything to look at.
+        data: Data sets by whose they are. Those whose column of labels has names for its numbers, a
+            ``datasets.ClassLabel``, say what they mean; of others nobody knows.
+
+    Raises:
+        ConfigurationError: They contradict each other.
+    """
+    label, first = getattr(task, "label", None), None
+    for who, rows in data.items():
+        names = getattr((getattr(rows, "features", None) or {}).get(label), "names", None)
+        if not names:
+            continue
+        check_classes(model, names, f"{who}: column {label!r}")
+        if first is not None and first != names:
+            raise ConfigurationError(
+                "Not all rows number their classes alike",
+                expected=_listed(first),
+                found=_listed(names),
+                where=f"{who}: column {label!r}",
+                fix="Give encode_labels() the same names for all.",
+            )
+        first = names
 
 
 def contradiction(stated: Sequence[str], given: Sequence[str], where: str) -> ConfigurationError:
