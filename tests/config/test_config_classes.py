@@ -62,7 +62,8 @@ def trained(tmp_path_factory):
         model = transformers.BertForSequenceClassification(
             transformers.BertConfig(
                 vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                intermediate_size=256, max_position_embeddings=16, num_labels=3, initializer_range=0.2,
+                intermediate_size=256, max_position_embeddings=16, num_labels=3,
+                initializer_range=0.2,
                 id2label=dict(enumerate(ORDER)), label2id={n: i for i, n in enumerate(ORDER)},
             )
         )  # fmt: skip

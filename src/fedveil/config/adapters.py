@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -91,19 +92,22 @@ def load_adapter(model: nn.Module, folder: Path, new: Collection[str] = ()) -> n
             where=str(folder),
         )
     try:
+        # Before PEFT reads it, which asks for other packages for some beginnings.
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        check_start(settings.get("init_lora_weights", True), str(folder))
         config = peft.PeftConfig.from_pretrained(str(folder))
-        check_start(getattr(config, "init_lora_weights", True), str(folder))
         whole = [*(getattr(config, "modules_to_save", None) or ())]
         beside = modules_of(new, {*whole, *_WHOLE.get(config.task_type or "", ())})
-        if beside:
-            config.modules_to_save = [*whole, *beside]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             # What is lacking is looked for below.
             warnings.filterwarnings("ignore", message=".*adapter keys.*")
-            adapted: nn.Module = peft.PeftModel.from_pretrained(
-                model, folder, is_trainable=True, config=config
-            )
+            adapted: nn.Module
+            if beside:
+                config.modules_to_save = [*whole, *beside]
+                adapted = _with_more(model, config, folder)
+            else:
+                adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
         _check_places(folder, peft.get_peft_model_state_dict(adapted), beside)
     except ConfigurationError:
         raise
@@ -115,6 +119,18 @@ def load_adapter(model: nn.Module, folder: Path, new: Collection[str] = ()) -> n
             where=str(folder),
         ) from error
     return _with_nothing_twice(adapted, new)
+
+
+def _with_more(model: nn.Module, config: Any, folder: Path) -> nn.Module:
+    """A model with an adapter of a folder, and modules of which that has no values."""
+    peft, utils = library("peft"), library("peft.utils")
+    config.inference_mode = False
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    found = utils.load_peft_weights(str(folder), device="cpu")
+    # PEFT wants a value for all that is saved.
+    own = {n: t for n, t in peft.get_peft_model_state_dict(adapted).items() if "lora_" not in n}
+    peft.set_peft_model_state_dict(adapted, {**own, **found})
+    return adapted
 
 
 def check_start(start: Any, where: str, *, held: bool = False) -> None:
@@ -204,9 +220,7 @@ def _check_places(folder: Path, own: Mapping[str, Any], beside: Collection[str])
         own: Its tensors, named as PEFT saves them.
         beside: Modules that are trained beside it, and that it did not know of.
     """
-    from peft.utils import load_peft_weights
-
-    found = set(load_peft_weights(str(folder), device="cpu"))
+    found = set(library("peft.utils").load_peft_weights(str(folder), device="cpu"))
     if lost := sorted(found - own.keys()):
         raise ValueError(f"{len(lost)} tensors without a place in this model, such as {lost[0]}")
     prefixes = tuple(f"base_model.model.{module}." for module in beside)
