@@ -83,8 +83,8 @@ def rehearse(config: Config, folder: Path) -> Rehearsal:
             expected="local files in [data]",
             where=config.path.name,
         )
-    check_folders(config)
     _check_families(config)
+    check_folders(config)
     small = _small_numbers(config, folder)
     with quiet():
         data = _write_rows(config, folder)
