@@ -1,6 +1,7 @@
 """A public model that is the owner's own, however it was copied, is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import toys
 from fedveil import ConfigurationError, FedAvg, FedLPP, FedQSN
 from fedveil.errors import FedveilWarning
+from fedveil.federation import Tuning
 from fedveil.schemes.likeness import check_likeness, likeness_of
 from fedveil.state import read_state
 
@@ -93,6 +95,16 @@ def test_what_the_owner_froze_may_be_what_is_public():
     federation = toys.federation(own, public=public, **OWNER)
     assert federation.likeness.equal == ()
     assert [*federation.likeness.compared] == ["5.weight", "5.bias"]
+
+
+def test_what_the_owners_tuning_leaves_alone_may_be_what_is_public():
+    own = toys.mlp()
+    public = changed(own, noisy(0.5), "5.")
+    tuned = Tuning(toys.rows(12, seed=8), replace(toys.FAST, frozen=("1.*", "3.*")))
+    federation = toys.federation(own, public=public, tuning=tuned, **OWNER)
+    assert [*federation.likeness.compared] == ["5.weight", "5.bias"]
+    with pytest.raises(ConfigurationError, match=r"your own.*frozen"):
+        toys.federation(own, public=public, tuning=replace(tuned, training=toys.FAST), **OWNER)
 
 
 def test_frozen_alike_but_with_the_owners_trained_part_is_refused():

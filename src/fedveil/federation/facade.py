@@ -444,7 +444,8 @@ class Federation:
         if self._public is None or self._owner is None:
             return None
         own = self.scheme.tensors(self._model)
-        likeness = likeness_of(self._public, self._model, own.keys())
+        left = () if self._tuning is None else self._tuning.training.frozen
+        likeness = likeness_of(self._public, self._model, own.keys(), left)
         judge = Judge(self._architecture, self._task, self._owner, self.training.device)
         check_likeness(likeness, self._public, own, judge)
         return likeness

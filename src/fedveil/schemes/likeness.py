@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,9 @@ class Likeness:
 
 
 @torch.no_grad()
-def likeness_of(public: nn.Module, own: nn.Module, released: Collection[str]) -> Likeness:
+def likeness_of(
+    public: nn.Module, own: nn.Module, released: Collection[str], left: Sequence[str] = ()
+) -> Likeness:
     """Compare two models of one architecture.
 
     Tensors are compared that the owner trained: not what is frozen, no buffers, and no adapter that
@@ -75,12 +78,15 @@ def likeness_of(public: nn.Module, own: nn.Module, released: Collection[str]) ->
         public: What would be released.
         own: The owner's.
         released: Names of the tensors that would be; others clients have, or never get.
+        left: Patterns (as in the shell) of what the owner says that he left as it was.
     """
     mine, theirs = read_state(own), public.state_dict()
     names = [
         name
         for name in _trained(own, mine)
-        if name in released and (_varies(mine[name]) or _varies(theirs[name]))
+        if name in released
+        and not any(fnmatchcase(name, pattern) for pattern in left)
+        and (_varies(mine[name]) or _varies(theirs[name]))
     ]
     known = {_digest(mine[name]) for name in names if mine[name].dim() > 1}
     equal, near, apart, size = list[str](), dict[str, float](), 0.0, 0.0
@@ -164,8 +170,8 @@ def _refusal(likeness: Likeness, names: tuple[str, ...], how: str) -> Configurat
         f"{_some(names)}",
         where="public",
         fix="Name a model that anybody can get. If yours was made of it by training the other "
-        "tensors alone, say so: requires_grad_(False) on those that you left as they were (in a "
-        'file by name = "module:function"). If there is nothing of yours in it, leave public out.',
+        "tensors alone, say so: by `frozen` in [tuning], or by requires_grad_(False) on those that "
+        "you left as they were. If there is nothing of yours in it, leave public out.",
     )
 
 
