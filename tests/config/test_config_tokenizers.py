@@ -79,10 +79,10 @@ def test_one_with_tokens_beyond_the_model_is_refused(home):
 
 
 def test_one_with_far_fewer_tokens_than_the_model_is_worth_a_word(home):
-    tokenizer_of(WORDS[:100], home / "own")
+    tokenizer_of(WORDS[:13], home / "own")
     rows = [{"text": "1 2 3", "label": n % 3} for n in range(24)]
     (home / "rows.json").write_text(json.dumps(rows))
-    with pytest.warns(FedveilWarning, match="100 tokens, and the model embeddings of 272"):
+    with pytest.warns(FedveilWarning, match="13 tokens, and the model embeddings of 272"):
         federation_of(home)
 
 

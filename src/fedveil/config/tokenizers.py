@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _FILE = re.compile(r"token|vocab|merges|spiece|sentencepiece|bpe|\.model$")
-_FEW = 0.5
+_FEW = 0.05
 """A tokenizer that knows a smaller share of the tokens that a model has is worth a word."""
 
 

@@ -245,8 +245,8 @@ def _partner_file(config: Config, released: nn.Module, name: str) -> str:
         model["tokenizer"] = _TOKENIZER
     elif config.model.tokenizer is not None:
         model["tokenizer"] = config.model.tokenizer
-    if config.model.num_labels is not None:
-        model["num_labels"] = config.model.num_labels
+    if (classes := _classes(config)) is not None:
+        model["num_labels"] = classes
     if config.model.lora is not None:
         model["lora"] = {k: v for k, v in config.model.lora.items() if k not in _OF_THE_OWNERS_BASE}
         if whole := saved_whole(released):  # without weights nobody there sees what is new
@@ -256,8 +256,6 @@ def _partner_file(config: Config, released: nn.Module, name: str) -> str:
     if config.model.dtype != "float32":
         model["dtype"] = config.model.dtype
     data = {key: value for key, value in config.data.model_dump().items() if key in _DATA}
-    if data["labels"] is not None and config.data.has_classes:
-        data["labels"] = settled_classes(config, data["labels"])  # all that the model has
     scheme = {"name": config.scheme.name}
     for field in dataclasses.fields(config.scheme):  # type: ignore[arg-type]
         if field.name in config.scheme.client_fields:
@@ -271,6 +269,15 @@ def _partner_file(config: Config, released: nn.Module, name: str) -> str:
     }
     head = f"# What {name} has. Change `train` in [data] to where your data are.\n"
     return head + "\n".join(_table(title, values) for title, values in tables.items())
+
+
+def _classes(config: Config) -> int | None:
+    """How many classes a client's model has where its labels do not say; names stay here."""
+    labels = config.data.labels
+    if config.model.num_labels is not None or labels is None or not config.data.has_classes:
+        return config.model.num_labels
+    count = len(settled_classes(config, labels))
+    return None if count == len(labels) else count
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:
