@@ -260,6 +260,7 @@ def test_without_a_public_model_attackers_begin_at_nothing(tmp_path):
     run.run(2)
     found = audit(Evidence(tmp_path), run.stage())
     assert "public" not in found.models
+    assert "Nothing was taken for public" in found.sentence
     assert {attack.holes for attack in found.attacks if attack.released} == {"zeros"}
     assert {attack.holes for attack in found.attacks if not attack.released} == {"nothing"}
 

@@ -81,9 +81,26 @@ def test_an_audit_says_in_words_and_figures_what_leaked(finished):
     words = ("sound  ", "not applicable  ", "ALARM  ")
     assert sum(done.stdout.count(word) for word in words) == 7
     values = json.loads((folder / "audit.json").read_text())
-    assert values["models"].keys() == {"base", "public", "global", "server_model"}
+    # The run does not say that its base is public: attackers do not begin with it.
+    assert values["models"].keys() == {"base", "global", "server_model"}
+    assert values["assumed"] == "nothing"
+    assert "Nothing was taken for public" in values["sentence"]
+    assert {one["holes"] for one in values["attacks"]} == {"zeros", "nothing"}
     page = (folder / "report.html").read_text()
     assert "Your model reaches" in page
+
+
+def test_the_base_is_taken_for_public_if_the_owner_says_so(finished, tmp_path):
+    folder, home = finished
+    shutil.copytree(folder, tmp_path / "run")
+    done = run_fedveil(
+        "audit", str(tmp_path / "run"), "--public", "base", "--coalition", "1", home=home
+    )
+    assert done.returncode == 0, done.stderr
+    values = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert values["models"]["public"] == values["models"]["base"]
+    assert values["assumed"] == "base"
+    assert "Your base was taken for public." in " ".join(done.stdout.split())
 
 
 def test_while_a_run_is_at_work_it_is_not_audited_and_is_not_called_finished(finished, tmp_path):

@@ -1,6 +1,8 @@
 """Dry runs: of every recipe that is shipped, and of every family that it may name."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,94 @@ def test_images_are_not_made_up(tmp_path):
     path = write(tmp_path, "google/vit-base", task="image-classification")
     with pytest.raises(ConfigurationError, match="no images"):
         rehearse(load_config(path), tmp_path / "small")
+
+
+class TestOfFolders:
+    """What a run would refuse of folders a dry run refuses too."""
+
+    @pytest.fixture
+    def own(self, home):
+        """A model with a head for the topics, in a folder beside the one that has none."""
+        import transformers
+
+        config = transformers.BertConfig.from_pretrained(home / "bert", num_labels=3)
+        transformers.BertForSequenceClassification(config).save_pretrained(home / "own")
+        for path in (home / "bert").iterdir():
+            if not (home / "own" / path.name).exists():
+                shutil.copy(path, home / "own" / path.name)
+        return home
+
+    def dry(self, call, home, model, data=""):
+        path = home / "federation.toml"
+        text = path.read_text().replace('name = "bert"', model)
+        path.write_text(text.replace("[data]", f"[data]\n{data}"))
+        return call("run", path, "--dry-run")
+
+    def test_what_fits_holds_together(self, call, own):
+        code, out, err = self.dry(call, own, 'name = "own"')
+        assert (code, err) == (0, "")
+        assert "holds together" in out
+
+    @pytest.mark.parametrize(("model", "code"), [("", 2), ("new_head = true", 0)])
+    def test_a_head_of_another_size(self, call, own, model, code):
+        settings = json.loads((own / "own" / "config.json").read_text())
+        settings |= {"id2label": {str(n): f"LABEL_{n}" for n in range(5)}, "label2id": None}
+        (own / "own" / "config.json").write_text(json.dumps(settings))
+        found, out, err = self.dry(call, own, f'name = "own"\n{model}')
+        assert found == code
+        assert ("another number of classes" in err) == (code == 2)
+        assert ("holds together" in out) == (code == 0)
+
+    def test_classes_in_another_order(self, call, own):
+        settings = json.loads((own / "own" / "config.json").read_text())
+        names = ["sports", "politics", "business"]
+        settings |= {"id2label": dict(enumerate(names)), "label2id": None}
+        (own / "own" / "config.json").write_text(json.dumps(settings))
+        code, out, err = self.dry(
+            call, own, 'name = "own"', 'labels = ["business", "politics", "sports"]'
+        )
+        assert code == 2
+        assert "in another order" in err
+        assert "holds together" not in out
+
+    def test_no_tokenizer(self, call, own):
+        for path in (own / "own").glob("*[tv]o[kc]*"):
+            path.unlink()
+        code, out, err = self.dry(call, own, 'name = "own"')
+        assert code == 2
+        assert "no tokenizer in the folder" in err
+        assert "holds together" not in out
+
+    def test_no_weights(self, call, own):
+        (own / "own" / "model.safetensors").unlink()
+        code, _, err = self.dry(call, own, 'name = "own"')
+        assert code == 2
+        assert "no weights in the model's folder" in err
+
+    @pytest.mark.parametrize(
+        ("public", "said"),
+        [
+            ("roberta", "of another family than yours (in"),
+            ("wide", "of another architecture"),
+            ("somebody/roberta-base", "of another family than yours (in"),
+        ],
+    )
+    def test_a_public_model_that_is_another(self, call, own, public, said):
+        import transformers
+
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "intermediate_size": 256, "vocab_size": 17}  # fmt: skip
+        if public == "roberta":
+            transformers.RobertaModel(
+                transformers.RobertaConfig(**sizes, pad_token_id=1)
+            ).save_pretrained(own / public)
+        if public == "wide":
+            transformers.BertModel(
+                transformers.BertConfig(**{**sizes, "intermediate_size": 300})
+            ).save_pretrained(own / public)
+        code, out, err = self.dry(
+            call, own, f'name = "own"\npublic = "{public}"', 'owner = "test.jsonl"'
+        )
+        assert code == 2
+        assert said in err
+        assert "holds together" not in out

@@ -276,3 +276,26 @@ def test_run_and_audited_on_the_command_line(home):
     assert found["models"]["public"] != found["models"]["base"]
     assert set(found["coalitions"].values()) == {0.0}
     assert "alarm" not in [one["outcome"] for one in found["checks"]]
+    assert found["assumed"] == "what the run released"
+    assert "released in the place of yours was taken for public" in found["sentence"]
+
+
+@pytest.mark.parametrize("how", ["copied", "in half precision", "with another head"])
+def test_a_copy_of_ones_own_model_under_another_name_is_not_released(home, how):
+    own = transformers.BertForSequenceClassification.from_pretrained(home / "own")
+    if how == "in half precision":
+        own = own.to(torch.bfloat16)
+    if how == "with another head":
+        own = own.bert
+    own.save_pretrained(home / "public")
+    config = config_of(home, 'public = "public"', MINE)
+    done = run_fedveil("run", str(config.path), home=home)
+    assert done.returncode == 2
+    assert "is your own, which would be released as it is" in done.stderr
+    assert not list((home / "runs").rglob("*.safetensors"))
+
+
+def test_how_far_the_public_model_is_from_the_owners_is_printed(home):
+    done = run_fedveil("run", str(config_of(home, 'public = "public"', MINE).path), home=home)
+    assert done.returncode == 0, done.stderr
+    assert "of its weights away from yours; 0 of 2" in done.stdout

@@ -236,6 +236,51 @@ class TestTheOwnersOwnModel:
         place, own = workplace(partner), build(load_config(folder / "federation.toml")).model
         assert_same(own, place.architecture)
 
+    @pytest.mark.parametrize("scheme", ["fedqsn", "fedavg"])
+    def test_what_is_new_under_an_adapter_is_trained_on_both_sides(self, folder, scheme):
+        save(folder / "own", toys.bert(1).bert, PUBLIC, None)
+        lora = 'lora = { r = 2, target_modules = ["query"] }'
+        config = owners(folder, more=lora)
+        text = config.path.read_text().replace('name = "fedqsn"', f'name = "{scheme}"')
+        config.path.write_text(text)
+        partner, _ = deployed(folder, load_config(config.path))
+        place, own = workplace(partner), build(load_config(config.path)).model
+        trained = [
+            {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            for model in (own, place.architecture)
+        ]
+        assert trained[0] == trained[1]
+        assert any("classifier" in name for name in trained[0])
+        assert_same(own, place.architecture)
+
+    def test_a_model_with_more_classes_than_labels_has_them_at_clients_without_their_names(
+        self, folder
+    ):
+        save(folder / "own", toys.bert(1), PUBLIC, None)
+        names = ["one", "two", f"{CANARY}c"]
+        add(folder / "own" / "config.json", {"id2label": dict(enumerate(names)), "label2id": None})
+        config = owners(folder)
+        text = config.path.read_text().replace('["0", "1", "2"]', '["one", "two"]')
+        config.path.write_text(text)
+        rows = [{"text": "1 2 3", "label": ["one", "two"][n % 2]} for n in range(9)]
+        datasets.Dataset.from_list(rows).to_parquet(folder / "test.parquet")
+        partner, given = deployed(folder, load_config(config.path))
+        assert CANARY.encode() not in given
+        assert "num_labels = 3" in (partner / "partner.toml").read_text()
+
+    def test_labels_in_another_order_than_the_model_are_refused_before_clients_get_them(
+        self, folder
+    ):
+        save(folder / "own", toys.bert(1), PUBLIC, None)
+        names = {"0": "c", "1": "a", "2": "b"}
+        add(folder / "own" / "config.json", {"id2label": names, "label2id": None})
+        config = owners(folder)
+        text = config.path.read_text().replace('["0", "1", "2"]', '["a", "b", "c"]')
+        config.path.write_text(text)
+        with pytest.raises(ConfigurationError, match="in another order"):
+            deployed(folder, load_config(config.path))
+        assert not (folder / "deployment").exists()
+
 
 def t5(seed=0):
     """Of the kind whose outputs are not scaled: its configuration does not keep that as it was."""

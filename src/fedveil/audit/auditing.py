@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from fedveil.audit.attacks import (
     FACTORS,
     SHARES,
@@ -31,13 +33,22 @@ from fedveil.audit.attacks.distillation import scores_of
 from fedveil.audit.checks import check
 from fedveil.audit.evidence import Evidence, Kept
 from fedveil.audit.exposure import Exposure
-from fedveil.audit.findings import Attacked, Audit, ClientExposure
+from fedveil.audit.findings import (
+    BASE,
+    NAMED,
+    NOTHING,
+    RELEASED,
+    Attacked,
+    Audit,
+    ClientExposure,
+)  # fmt: skip
 from fedveil.audit.stage import Stage, State
 from fedveil.audit.untrained import untrained
 from fedveil.audit.words import NOT_PROTECTED, sentence
 from fedveil.errors import AuditError, ConfigurationError
 from fedveil.schemes import Facts
-from fedveil.state import load_state
+from fedveil.state import fingerprint, load_state
+from fedveil.training.guessing import no_better_than_chance
 from fedveil.training.metrics import Metric, metric_of
 
 __all__ = ["audit"]
@@ -103,8 +114,22 @@ def audit(
         full=full,
         seconds=time.perf_counter() - started,
         not_protected=list(NOT_PROTECTED),
+        assumed=_assumed(evidence, stage),
+        doubt=no_better_than_chance(attempt.models["base"], stage.task, stage.test, stage.model),
     )
     return replace(found, sentence=sentence(found))
+
+
+def _assumed(evidence: Evidence, stage: Stage) -> str:
+    """What was taken for public, beside what clients were sent."""
+    if stage.public is None:
+        return NOTHING
+    base = stage.models["base"]
+    if all(torch.equal(tensor, base[name]) for name, tensor in stage.public.items()):
+        return BASE
+    load_state(stage.model, stage.whole(stage.public))
+    said = evidence.manifest.configuration.get("public")
+    return RELEASED if said is not None and said == fingerprint(stage.model) else NAMED
 
 
 @dataclass

@@ -13,8 +13,8 @@ from fedveil.files import read_record, write_whole
 from fedveil.training.metrics import metric_named
 
 __all__ = [
-    "ALARM", "NOT_APPLICABLE", "SOUND", "Attacked", "Audit", "Checked", "ClientExposure", "Outcome",
-    "UpdateGuess", "furthest",
+    "ALARM", "BASE", "NAMED", "NOTHING", "NOT_APPLICABLE", "RELEASED", "SOUND", "Attacked", "Audit",
+    "Checked", "ClientExposure", "Outcome", "UpdateGuess", "furthest",
 ]  # fmt: skip
 
 FORMAT = 2
@@ -24,6 +24,11 @@ Outcome = Literal["alarm", "sound", "not applicable"]
 ALARM: Final = "alarm"
 SOUND: Final = "sound"
 NOT_APPLICABLE: Final = "not applicable"
+
+NOTHING: Final = "nothing"
+RELEASED: Final = "what the run released"
+BASE: Final = "base"
+NAMED: Final = "another model"
 
 Measures = Mapping[str, float]
 """On the owner's test set: ``accuracy`` in percent and ``loss`` in nats; of language models both
@@ -149,6 +154,10 @@ class Audit:
         full: Whether everything was tried, or the quick set.
         seconds: How long it took.
         not_protected: What no figure here speaks for, one sentence each.
+        assumed: What was taken for public, from which attackers begin: "nothing", "what the run
+            released" in the place of the owner's model, its "base", or "another model" that the
+            owner named. Empty: nobody wrote it down.
+        doubt: In words, that the base is no better than chance; None if it is better.
     """
 
     sentence: str
@@ -165,6 +174,8 @@ class Audit:
     full: bool = False
     seconds: float = 0.0
     not_protected: Sequence[str] = ()
+    assumed: str = ""
+    doubt: str | None = None
 
     def answering(self, outcome: Outcome) -> list[Checked]:
         """The checks that gave one answer."""

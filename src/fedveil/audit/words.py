@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from fedveil.audit.findings import ALARM, NOT_APPLICABLE, Attacked, Audit, Checked, furthest
+from fedveil.audit.findings import (
+    ALARM,
+    BASE,
+    NAMED,
+    NOT_APPLICABLE,
+    NOTHING,
+    RELEASED,
+    Attacked,
+    Audit,
+    Checked,
+    furthest,
+)  # fmt: skip
 from fedveil.training.metrics import metric_named
 
 __all__ = ["NOT_PROTECTED", "sentence", "title"]
@@ -37,6 +48,14 @@ _ORIGINS: Final = {
 }
 
 
+_ASSUMED: Final = {
+    NOTHING: " Nothing was taken for public but what everybody was sent.",
+    RELEASED: " The public model that was released in the place of yours was taken for public.",
+    BASE: " Your base was taken for public.",
+    NAMED: " The public model that you named was taken for public.",
+}
+
+
 def title(attack: Attacked) -> str:
     """What was done, for people who were not there."""
     parts = [_TITLES.get(attack.attack, attack.attack)]
@@ -65,6 +84,9 @@ def sentence(audit: Audit) -> str:
         text += " No attack was tried: what clients can make of what they were sent is not known."
     if _all_can_forge(audit):
         text += " All that they were sent anybody can make of the public model, byte for byte."
+    text += _ASSUMED.get(audit.assumed, "")
+    if audit.doubt is not None:
+        text += f" {audit.doubt}"
     return text + _of_checks(audit)
 
 

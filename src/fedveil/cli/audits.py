@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Run = Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]
 
-_BASE, _NONE = "base", "none"
+_RUN, _BASE, _NONE = "run", "base", "none"
 
 
 @app.command()
@@ -35,9 +35,10 @@ def audit(
     public: Annotated[
         str,
         typer.Option(
-            help='What anybody can get: "base" (what the run began with), "none", or a model.'
+            help='What anybody can get: "run" (what it says itself: the public model that it '
+            'released, else nothing), "base" (what it began with), "none", or a model.'
         ),
-    ] = _BASE,
+    ] = _RUN,
     coalition: Annotated[
         list[int] | None,
         typer.Option(
@@ -57,7 +58,7 @@ def audit(
 
       fedveil audit runs/federation
 
-      fedveil audit runs/federation --full --public none
+      fedveil audit runs/federation --full --public base
 
       fedveil audit runs/federation --coalition 1 --coalition 5
     """
@@ -246,7 +247,8 @@ def _reopen(run: Path) -> tuple[Config, Federation]:
 
 
 def _public(name: str, config: Config, federation: Federation) -> nn.Module | None:
-    if name == _NONE:
+    """What is public beside what the run released in its model's place; None if nothing is."""
+    if name in (_RUN, _NONE):
         return None
     if name == _BASE:
         return federation.released
@@ -255,7 +257,7 @@ def _public(name: str, config: Config, federation: Federation) -> nn.Module | No
 
     if name == config.model.name and not config.model.new_head:
         raise ConfigurationError(
-            "This is the base itself", found=repr(name), fix=f"Leave out --public, or say {_BASE}."
+            "This is the base itself", found=repr(name), fix=f"Say --public {_BASE}."
         )
     other = config.model.model_copy(update={"name": name})
     classes = load_rows(config).names

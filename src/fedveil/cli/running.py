@@ -126,6 +126,8 @@ def _work(
         watched(progress, config.out, config.federation.track) as observer,
     ):
         federation = build(config, observer=observer)
+        if federation.likeness is not None:
+            say(console, federation.likeness.words)
         wanted = config.federation.rounds
         if engine is Engine.FLOWER_SIMULATION:
             from fedveil.flower import simulate

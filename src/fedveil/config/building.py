@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from fedveil.config.adapters import check_start
 from fedveil.config.code import Approved
 from fedveil.config.file import Config
-from fedveil.config.models import find_function, load_model, load_pair, load_tokenizer
+from fedveil.config.models import load_model, load_pair
+from fedveil.config.names import find_function
 from fedveil.config.sources import load_rows, load_test
-from fedveil.config.tables import RANDOM, is_function
+from fedveil.config.tokenizers import (
+    agree,
+    load_tokenizer,
+    public_brings_tokenizer,
+    tokenizer_name,
+)
 from fedveil.drawing import KeyedDraws
 from fedveil.engine import Observer
 from fedveil.engine.in_process import Workplace, bare_architecture
@@ -33,7 +37,6 @@ from fedveil.training import (
     answer,
 )
 from fedveil.training.modes import on_device
-from fedveil.training.tasks import longest_input
 from fedveil.wire import Limits
 
 __all__ = [
@@ -44,8 +47,6 @@ __all__ = [
     "public_brings_tokenizer",
     "tokenizer_name",
 ]
-
-_TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|sentencepiece|bpe|\.model$")
 
 
 def build(config: Config, *, observer: Observer | None = None) -> Federation:
@@ -79,7 +80,7 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
     tuning = None
     if rows.tuned is not None and config.tuning is not None:  # the file has both or neither
         tuning = Tuning(rows.tuned, config.tuning)
-    federation = Federation(
+    federation = (_Rehearsed if config.is_rehearsal else Federation)(
         model,
         rows.clients if config.partners is None else Remote(tuple(config.partners.names)),
         task=task,
@@ -108,11 +109,19 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
     return federation
 
 
+class _Rehearsed(Federation):
+    """In a dry run one tiny model stands in for both, the owner's and the public one."""
+
+    def _read_likeness(self) -> None:
+        """Nothing is released that anybody would miss."""
+
+
 def _models(
     config: Config, names: Sequence[str], secret: Secret
 ) -> tuple[nn.Module, nn.Module | None, tuple[str, ...]]:
     """The owner's model, what is released in its place, if anything, and what is new in that."""
     table, seed = config.model, config.federation.seed
+    _check_adapter(config)
     # What begins at random must follow from no number that a client could guess.
     keyed = KeyedDraws(secret, "initial weights", seed)
     hidden = int(secret.words(1, "initial weights", seed)[0] >> 1)
@@ -121,6 +130,13 @@ def _models(
         return load_pair(table, task, names, folder, seed=seed, hidden=hidden, keyed=keyed)
     with keyed:
         return load_model(table, task, names, folder, seed=hidden), None, ()
+
+
+def _check_adapter(config: Config) -> None:
+    """Refuse an adapter that changes a backbone which clients hold, whichever they make of it."""
+    start = (config.model.lora or {}).get("init_lora_weights", True)
+    if config.model.adapter is None:
+        check_start(start, "[model.lora] init_lora_weights", held=config.scheme.clients_hold_rest)
 
 
 def _limits(max_reply_mb: int | None) -> Limits | None:
@@ -178,44 +194,6 @@ def open_secret(config: Config) -> Secret:
     return Secret.from_file(config.secret_path, create=True)
 
 
-def tokenizer_name(config: Config) -> str:
-    """Where the tokenizer is that owner and clients use.
-
-    With what clients are sent a proxy of, unless the file says otherwise: the public model, if one
-    is released and brings a tokenizer, since its tokens are what it was trained on and what anybody
-    may have. Else with the owner's model.
-
-    Raises:
-        ConfigurationError: The model is made by a function, so nothing is with it.
-    """
-    name = config.model.tokenizer or (
-        config.model.public if public_brings_tokenizer(config) else config.model.name
-    )
-    assert name is not None
-    if is_function(name):
-        raise ConfigurationError(
-            "A model that a function makes brings no tokenizer",
-            where=f"{config.path.name}: [model]",
-            fix='Add tokenizer = "a folder or hub name".',
-        )
-    return name
-
-
-def public_brings_tokenizer(config: Config) -> bool:
-    """Whether there is a public model with a tokenizer of its own.
-
-    Of a folder its files tell: transformers makes a tokenizer without any vocabulary where there
-    are none.
-    """
-    public = config.model.public
-    if public is None or public == RANDOM:
-        return False
-    place = config.path.parent / Path(public).expanduser()
-    if is_function(public) or not place.is_dir():
-        return True  # a name on the hub, or one of which the error tells
-    return any(_TOKENIZER_FILE.search(path.name) for path in place.iterdir())
-
-
 def _task(config: Config, model: nn.Module, classes: int, approved: Approved | None = None) -> Task:
     data, folder = config.data, config.path.parent
     classes = config.model.num_labels or classes
@@ -226,7 +204,7 @@ def _task(config: Config, model: nn.Module, classes: int, approved: Approved | N
             image=data.image, label=data.label, num_labels=classes, transform=transform
         )
     tokenizer = load_tokenizer(tokenizer_name(config), folder, guarded=approved is not None)
-    _agree(tokenizer, model, config)
+    agree(tokenizer, model, config)
     if not data.has_classes:
         kind = CausalLM if data.task == "causal-lm" else Seq2Seq
         return kind(
@@ -247,43 +225,3 @@ def _task(config: Config, model: nn.Module, classes: int, approved: Approved | N
         label=data.label,
         max_length=data.max_length,
     )
-
-
-def _agree(tokenizer: Any, model: nn.Module, config: Config) -> None:
-    """Padding, vocabulary and length as the model needs them."""
-    own: Any = getattr(model, "config", None)
-    if own is None:
-        return
-    _check_vocabulary(tokenizer, model, config)
-    if getattr(own, "pad_token_id", None) is None:
-        own.pad_token_id = tokenizer.pad_token_id
-    longest = longest_input(model)
-    if longest is not None and config.data.max_length > longest:
-        raise ConfigurationError(
-            "Texts are longer than the model can read",
-            expected=f"at most {longest}",
-            found=str(config.data.max_length),
-            where=f"{config.path.name}: [data] max_length",
-        )
-
-
-def _check_vocabulary(tokenizer: Any, model: nn.Module, config: Config) -> None:
-    """Refuse a tokenizer with tokens of which the model knows nothing."""
-    rows = _embedded(model)
-    last = max(tokenizer.get_vocab().values(), default=0)
-    if rows is not None and last >= rows:
-        raise ConfigurationError(
-            "The tokenizer is of another model: it has tokens that the model has no embedding of",
-            expected=f"at most {rows} tokens",
-            found=str(last + 1),
-            where=f"{config.path.name}: {tokenizer_name(config)}",
-            fix="Take the tokenizer that the model was made with (tokenizer in [model]).",
-        )
-
-
-def _embedded(model: nn.Module) -> int | None:
-    """Of how many tokens a model has embeddings; None if it does not say."""
-    try:
-        return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):
-        return None

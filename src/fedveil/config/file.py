@@ -70,6 +70,7 @@ class Config:
         bounds: How much one client may weigh and change.
         generation: How the tuned model answers the test set's prompts; None if it is not asked.
         federation: The run.
+        is_rehearsal: Whether tiny models stand in for those that are named: a dry run.
     """
 
     path: Path
@@ -87,6 +88,7 @@ class Config:
     bounds: Bounds
     generation: Generation | None
     federation: FederationTable
+    is_rehearsal: bool = False
 
     @property
     def secret_path(self) -> Path:

@@ -1,13 +1,9 @@
-"""Models, tokenizers and functions by name. Whatever goes wrong, the answer is a FedveilError."""
+"""Models as a configuration names them. Whatever goes wrong, the answer is a FedveilError."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import json
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -15,16 +11,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
+from fedveil.config.adapters import add_adapter, load_adapter
+from fedveil.config.classes import stated_in
 from fedveil.config.code import Approved
+from fedveil.config.foreign import refuse_code, refuse_imports, refuse_pickles
+from fedveil.config.names import explained, find_function, made_by, place_of
 from fedveil.config.tables import RANDOM, ModelTable, is_function
-from fedveil.data.library import library, quiet_transformers
-from fedveil.errors import ConfigurationError, FedveilError
+from fedveil.config.tokenizers import load_tokenizer
+from fedveil.data.library import quiet_transformers
+from fedveil.errors import ConfigurationError
+from fedveil.training.classes import check_classes, contradiction, same_classes
 
 __all__ = [
     "Pair",
+    "add_adapter",
     "architecture_class",
     "find_function",
     "load_model",
@@ -35,15 +37,6 @@ __all__ = [
     "quiet_transformers",
     "refuse_code",
 ]
-
-_PEFT_TASKS = {
-    "text-classification": "SEQ_CLS",
-    "causal-lm": "CAUSAL_LM",
-    "seq2seq": "SEQ_2_SEQ_LM",
-}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_IMPORTS = "megatron_config"
-"""The setting of an adapter with which PEFT imports a module that another setting names."""
 
 _CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
@@ -68,7 +61,7 @@ def load_model(
     Args:
         table: Its description.
         task: What it is trained for.
-        names: The classes in order.
+        names: The classes in order: that of the model, if its configuration names them.
         folder: What paths are relative to; modules are looked for there as well.
         seed: Decides the weights that start at random: the same seed, the same model.
         weights: Whether to load weights; without them a folder needs only its config.json.
@@ -76,12 +69,13 @@ def load_model(
             a model, and nothing is unpickled. None at the owner's.
 
     Raises:
-        FedveilError: It cannot be found or loaded, or has a head for other classes; at a client's
-            also if it wants code of its own to be run, or has its weights in a pickle.
+        FedveilError: It cannot be found or loaded, or has a head for other classes or for the same
+            in another order; at a client's also if it wants code of its own to be run, or has its
+            weights in a pickle.
     """
     with _drawing(seed):
-        model = _load(table, task, names, folder, weights, approved)[0]
-        return _adapted(model, table, task, folder, approved)
+        model, new = _load(table, task, names, folder, weights, approved)
+        return _adapted(model, table, task, folder, new, approved)
 
 
 class Pair(NamedTuple):
@@ -133,13 +127,15 @@ def load_pair(
     with _drawing(hidden), keyed:
         own, mine = _load(table, task, names, folder)
     with _drawing(seed):
-        public, new = _load(released, task, names, folder, weights=not drawn)
+        public, new = _load(released, task, names, folder, weights=not drawn, lent=True)
     alike = mine & (public.state_dict().keys() if drawn else new)
     _copy(alike, public, own)
+    # Both are of one architecture: what begins at random in one is trained whole in both.
+    whole = mine | new
     with _drawing(seed):
-        own = _adapted(own, table, task, folder)
+        own = _adapted(own, table, task, folder, whole)
     with _drawing(seed):
-        public = _adapted(public, released, task, folder)
+        public = _adapted(public, released, task, folder, whole)
     # An adapter puts more before the names, and after the modules.
     fresh = {f"*{name.rpartition('.')[0]}.*" for name in new - alike}
     return Pair(own, public, tuple(sorted(fresh)))
@@ -184,8 +180,12 @@ def _load(
     folder: Path,
     weights: bool = True,
     approved: Approved | None = None,
+    lent: bool = False,
 ) -> tuple[nn.Module, set[str]]:
-    """The model without its adapter, and what in it its folder has no values of, if one has any."""
+    """The model without its adapter, and what in it its folder has no values of, if one has any.
+
+    One that is lent is released in the owner's place: a head of its own may have been for others.
+    """
     classes = table.num_labels or len(names)
     if classes < len(names):
         raise ConfigurationError(
@@ -196,22 +196,30 @@ def _load(
         )
     if not is_function(table.name):
         place = place_of(table.name, folder)
-        guarded = approved is not None
-        return _load_pretrained(table, task, names, classes, place, weights, guarded)
+        return _Pretrained(table, task, names, classes, place, approved is not None, lent).load(
+            weights
+        )
     found = approved.function if approved else partial(find_function, folder=folder)
-    model = _call(found(table.name), table.name, classes or None)
+    model = made_by(found(table.name), table.name, classes or None)
+    if names and not lent:
+        check_classes(model, names, "[data] labels")
     return model.to(getattr(torch, table.dtype)), set()
 
 
 def _adapted(
-    model: nn.Module, table: ModelTable, task: str, folder: Path, approved: Approved | None = None
+    model: nn.Module,
+    table: ModelTable,
+    task: str,
+    folder: Path,
+    new: Collection[str],
+    approved: Approved | None = None,
 ) -> nn.Module:
     """The model with its adapter, if it is to have one."""
     if approved is not None:
-        _refuse_imports(table, folder)
+        refuse_imports(table, folder)
     if table.adapter is not None:
-        return load_adapter(model, folder / Path(table.adapter).expanduser())
-    return model if table.lora is None else add_adapter(model, task, table.lora)
+        return load_adapter(model, folder / Path(table.adapter).expanduser(), new)
+    return model if table.lora is None else add_adapter(model, task, table.lora, new)
 
 
 def architecture_class(task: str) -> str:
@@ -219,324 +227,154 @@ def architecture_class(task: str) -> str:
     return _CLASSES[task]
 
 
-def add_adapter(model: nn.Module, task: str, settings: Mapping[str, Any]) -> nn.Module:
-    """A model with a LoRA adapter, which alone requires gradients.
-
-    Args:
-        model: The backbone, which is frozen.
-        task: What it is trained for: tells PEFT what is trained whole, such as a new head.
-        settings: Of ``peft.LoraConfig``, in its own words.
-
-    Raises:
-        ConfigurationError: PEFT does not know a setting, or nothing in the model fits.
-    """
-    peft = library("peft")
-    try:
-        config = peft.LoraConfig(task_type=_PEFT_TASKS.get(task), **settings)
-        with warnings.catch_warnings():
-            # PEFT asks transformers for what will have another name, and says what it mends.
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            adapted: nn.Module = peft.get_peft_model(model, config)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(
-            "The adapter cannot be added",
-            found=str(error).split("\n", maxsplit=1)[0].rstrip(".")[:200],
-            where="[model.lora]",
-            fix="Its keys are the arguments of peft.LoraConfig; target_modules name layers of this "
-            "model.",
-        ) from error
-    return adapted
-
-
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """A model with an adapter that PEFT saved, which alone requires gradients.
-
-    Args:
-        model: The backbone, which is frozen.
-        folder: Where the adapter is: adapter_config.json and its weights.
-
-    Raises:
-        ConfigurationError: There is none, or it was trained for another model.
-    """
-    peft = library("peft")
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigurationError(
-            "There is no adapter",
-            expected="a folder with adapter_config.json, as PEFT saves it",
-            where=str(folder),
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            # What PEFT only warns of: tensors of the model that the folder does not have.
-            warnings.filterwarnings("error", message=".*adapter keys.*")
-            adapted: nn.Module = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-        _check_places(folder, peft.get_peft_model_state_dict(adapted))
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError, UserWarning) as error:
-        raise ConfigurationError(
-            "The adapter does not fit the model",
-            expected="an adapter that was trained on this model",
-            found=_last_line(error),
-            where=str(folder),
-        ) from error
-    return adapted
-
-
-def _check_places(folder: Path, own: Mapping[str, Any]) -> None:
-    """Raise ValueError for tensors of an adapter's file that PEFT found no place for."""
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        return
-    with safe_open(path, framework="pt") as file:
-        lost = sorted(set(file.keys()) - own.keys())
-    if lost:
-        raise ValueError(f"{len(lost)} tensors without a place in this model, such as {lost[0]}")
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:200]
-
-
-def load_tokenizer(name: str, folder: Path, *, guarded: bool = False) -> Any:
-    """A tokenizer that can pad, from a folder or the hub.
-
-    Args:
-        name: What it is called.
-        folder: What paths are relative to.
-        guarded: Refuse one that wants code of its own to be run: at a client's.
-
-    Raises:
-        FedveilError: It cannot be found or loaded, or is refused.
-    """
-    place = place_of(name, folder)
-    with quiet_transformers() as transformers, _explained("tokenizer", place):
-        if guarded:
-            tokenizers = transformers.models.auto.tokenization_auto
-            refuse_code(tokenizers.get_tokenizer_config(place, trust_remote_code=False), place)
-        trust = {"trust_remote_code": False} if guarded else {}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **trust)
-        if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
-
-
 def load_untouched(name: str, folder: Path) -> nn.Module:
     """A model as it lies in its folder or on the hub, in the class that it was saved from."""
     if is_function(name):
-        return _call(find_function(name, folder), name, None)
+        return made_by(find_function(name, folder), name, None)
     place = place_of(name, folder)
-    with quiet_transformers() as transformers, _explained("model", place):
+    with quiet_transformers() as transformers, explained("model", place):
         architectures = transformers.AutoConfig.from_pretrained(place).architectures or [""]
         kind = getattr(transformers, architectures[0], transformers.AutoModel)
         model: nn.Module = kind.from_pretrained(place, dtype=torch.float32)
         return model
 
 
-def find_function(name: str, folder: Path) -> Callable[..., Any]:
-    """The function that "module:function" names, from an installed module or one in ``folder``.
+class _Pretrained(NamedTuple):
+    """A model of transformers, as a table names it; see :func:`_load`."""
 
-    Raises:
-        ConfigurationError: There is none.
-    """
-    module_name, _, function_name = name.partition(":")
-    # At the end, so that no file beside the configuration hides an installed module; and for good,
-    # as client processes import it again.
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ConfigurationError(
-            "A module cannot be imported",
-            found=f"{type(error).__name__}: {error}",
-            where=name,
-            fix=f"It must be installed, or lie in {folder}.",
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigurationError(
-            f"The module has no function {function_name!r}", where=str(module.__file__)
-        )
-    return function  # type: ignore[no-any-return]
+    table: ModelTable
+    task: str
+    names: Sequence[str]
+    classes: int
+    place: str
+    guarded: bool
+    lent: bool
 
+    def load(self, weights: bool) -> tuple[nn.Module, set[str]]:
+        """The model, and names of what its folder has no values of; none, if none were asked for.
 
-def place_of(name: str, folder: Path) -> str:
-    """A local folder as a path, anything else as the hub name that it must be.
-
-    Raises:
-        ConfigurationError: The name can only be that of a folder, and there is none.
-    """
-    path = folder / Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigurationError("There is no such folder", where=str(path))
-    return name
-
-
-def _call(function: Callable[..., Any], name: str, classes: int | None) -> nn.Module:
-    takes_labels = "num_labels" in inspect.signature(function).parameters
-    try:
-        wanted = {"num_labels": classes} if takes_labels and classes is not None else {}
-        model = function(**wanted)
-    except FedveilError:
-        raise
-    except Exception as error:
-        raise ConfigurationError(
-            "The function that makes the model failed",
-            found=f"{type(error).__name__}: {error}",
-            where=name,
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(
-            "The function does not make a model",
-            expected="torch.nn.Module",
-            found=type(model).__name__,
-            where=name,
-        )
-    return model
-
-
-def _load_pretrained(
-    table: ModelTable,
-    task: str,
-    names: Sequence[str],
-    classes: int,
-    place: str,
-    weights: bool,
-    guarded: bool,
-) -> tuple[nn.Module, set[str]]:
-    """The model, and names of what its folder has no values of; none, if none were asked for."""
-    words: dict[str, Any] = {"num_labels": classes} if classes else {}
-    if guarded:
-        words["trust_remote_code"] = False
-    if classes and classes == len(names):
-        words["id2label"] = dict(enumerate(names))
-        words["label2id"] = {name: number for number, name in enumerate(names)}
-    with quiet_transformers() as transformers, _explained("model", place):
-        kind = getattr(transformers, _CLASSES[task])
-        if guarded:
-            refuse_code(transformers.PretrainedConfig.get_config_dict(place)[0], place)
-        if not weights:
-            config = transformers.AutoConfig.from_pretrained(place, **words)
-            trust = {"trust_remote_code": False} if guarded else {}
-            bare: nn.Module = kind.from_config(config, dtype=getattr(torch, table.dtype), **trust)
-            return bare, set()
-        if guarded:
-            _refuse_pickles(Path(place), "*.safetensors")
-            words["use_safetensors"] = True
-        model, info = kind.from_pretrained(
-            place,
-            dtype=getattr(torch, table.dtype),
-            ignore_mismatched_sizes=table.new_head,
-            output_loading_info=True,
-            **words,
-        )
-        return model, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-
-
-def refuse_code(settings: Any, place: str) -> None:
-    """Raise if a config.json or tokenizer_config.json names code that would come with it.
-
-    Args:
-        settings: Its content.
-        place: The folder or hub name that it is of.
-
-    Raises:
-        ConfigurationError: It does: a class in a file of its own, or a kernel to be fetched.
-    """
-    if isinstance(settings, Mapping):
-        kernel = str(settings.get("attn_implementation") or settings.get("_attn_implementation"))
-        fetched = "/" in kernel
-        if settings.get("auto_map") or fetched:
-            raise ConfigurationError(
-                "The model brings code of its own, which is not run here",
-                expected="a model of a class that the installed transformers has",
-                found=f"the kernel {kernel[:80]!r}" if fetched else '"auto_map"',
-                where=place,
-                fix="Ask the owner for a model without it.",
+        Raises:
+            FedveilError: See :func:`load_model`.
+        """
+        # Of a lent model that is drawn nothing but its architecture is taken.
+        stated = self._stated() if weights or not self.lent else None
+        with quiet_transformers() as transformers, explained("model", self.place):
+            kind = getattr(transformers, _CLASSES[self.task])
+            if self.guarded:
+                refuse_code(
+                    transformers.PretrainedConfig.get_config_dict(self.place)[0], self.place
+                )
+            words = self._words(stated)
+            if not weights:
+                config = transformers.AutoConfig.from_pretrained(self.place, **words)
+                trust = {"trust_remote_code": False} if self.guarded else {}
+                bare: nn.Module = kind.from_config(config, dtype=self._dtype, **trust)
+                return bare, set()
+            if self.guarded:
+                refuse_pickles(Path(self.place), "*.safetensors")
+                words["use_safetensors"] = True
+            model, info = kind.from_pretrained(
+                self.place,
+                dtype=self._dtype,
+                ignore_mismatched_sizes=self.table.new_head,
+                output_loading_info=True,
+                **words,
             )
-        settings = list(settings.values())
-    if isinstance(settings, list):
-        for one in settings:
-            refuse_code(one, place)
+        mismatched = {name for name, *_ in info["mismatched_keys"]}
+        new = {*info["missing_keys"], *mismatched}
+        _check_loaded(model, mismatched, new, self.place)
+        if self._has_other_head(stated) and not mismatched:
+            new |= _begin_anew(model)
+        return model, new
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.table.dtype)
+        return found
+
+    def _stated(self) -> list[str] | None:
+        """The classes that the model names itself, if they do not contradict those asked for."""
+        stated = stated_in(self.place) if self.classes and self.names else None
+        if stated is None or same_classes(stated, self.names):
+            return stated
+        other_order = sorted(stated) == sorted(self.names)
+        if other_order if self.lent else not self.table.new_head:
+            raise contradiction(stated, self.names, self.place)
+        return stated
+
+    def _has_other_head(self, stated: Sequence[str] | None) -> bool:
+        """Whether there is a head for as many classes, but others, that is to be replaced."""
+        return stated is not None and not self.lent and not same_classes(stated, self.names)
+
+    def _words(self, stated: list[str] | None) -> dict[str, Any]:
+        """What is loaded otherwise than the folder says."""
+        words: dict[str, Any] = {"num_labels": self.classes} if self.classes else {}
+        if self.guarded:
+            words["trust_remote_code"] = False
+        names = self.names
+        if stated is not None and len(stated) == self.classes and same_classes(stated, names):
+            names = stated  # as the model calls them, whatever the data do
+        if self.classes and self.classes == len(names):
+            words["id2label"] = dict(enumerate(names))
+            words["label2id"] = {name: number for number, name in enumerate(names)}
+        return words
 
 
-def _refuse_pickles(folder: Path, wanted: str) -> None:
-    """Raise for a folder whose weights only a pickle has; the hub's are refused by transformers."""
-    if not folder.is_dir() or any(folder.glob(wanted)):
-        return
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-    raise ConfigurationError(
-        "The model's weights are in no file that may be read here: nothing is unpickled",
-        expected=wanted,
-        found=", ".join(found[:3]) or "no weights",
-        where=str(folder),
-        fix="Whoever has the model converts it: save_pretrained(folder) writes safetensors.",
-    )
+def _check_loaded(
+    model: nn.Module, mismatched: AbstractSet[str], new: AbstractSet[str], place: str
+) -> None:
+    """Refuse a folder whose weights are not those of its config.json: most would be random.
 
-
-def _refuse_imports(table: ModelTable, folder: Path) -> None:
-    """Raise for an adapter that names a module to import, or that is a pickle."""
-    settings, where = table.lora, "[model.lora]"
-    if table.adapter is not None:
-        place = folder / Path(table.adapter).expanduser()
-        where = str(place)
-        if not (place / "adapter_config.json").is_file():
-            return  # which is said where it is loaded
-        _refuse_pickles(place, "adapter_model.safetensors")
-        try:
-            settings = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigurationError(
-                "An adapter's settings cannot be read", found=str(error)[:200], where=where
-            ) from error
-    if isinstance(settings, Mapping) and settings.get(_IMPORTS):
+    Raises:
+        ConfigurationError: Something but the head is of another size, or most weights are missing.
+    """
+    if strangers := sorted(mismatched - (_of_classes(model) if mismatched else set())):
         raise ConfigurationError(
-            "The adapter names a module to import, which is not done here",
-            expected=f"no {_IMPORTS}",
-            found=_IMPORTS,
-            where=where,
+            "The weights in the folder are not of the sizes that its config.json says",
+            expected="other sizes of the classification head at most",
+            found=", ".join(strangers[:3]),
+            where=place,
+            fix="Save the model with save_pretrained, which writes both.",
+        )
+    state = model.state_dict()
+    lacking = sum(state[name].numel() for name in new if name in state)
+    whole = sum(tensor.numel() for tensor in state.values())
+    if 2 * lacking > whole:
+        raise ConfigurationError(
+            "The folder has no weights for most of the model, which would begin at random",
+            expected="the weights of the model that its config.json describes",
+            found=f"none for {lacking:,} of {whole:,} numbers, such as {min(new)}",
+            where=place,
+            fix="Save the model with save_pretrained, which writes both.",
         )
 
 
-@contextmanager
-def _explained(what: str, place: str) -> Iterator[None]:
-    """Say in one line what the libraries say in a page."""
-    try:
-        yield
-    except FedveilError:
-        raise
-    except Exception as error:
-        text = str(error).strip()
-        if "ignore_mismatched_sizes" in text or "size mismatch" in text:
+def _of_classes(model: nn.Module) -> set[str]:
+    """Names of the tensors whose size is that of the number of classes: the last of the head."""
+    settings: Any = model.config
+    shapes = []
+    for more in (0, 1):
+        other = copy.deepcopy(settings)
+        other.num_labels = settings.num_labels + more
+        with torch.device("meta"):
+            twin: nn.Module = type(model)(other)
+        shapes.append({name: tensor.shape for name, tensor in twin.state_dict().items()})
+    return {name for name, shape in shapes[0].items() if shapes[1][name] != shape}
+
+
+@torch.no_grad()
+def _begin_anew(model: nn.Module) -> set[str]:
+    """Draw the last layer of the head, which is for other classes; the names of its tensors."""
+    names = _of_classes(model)
+    for module in {name.rpartition(".")[0] for name in names}:
+        layer = model.get_submodule(module)
+        reset = getattr(layer, "reset_parameters", None)
+        if not callable(reset):
             raise ConfigurationError(
-                "The model has a head for another number of classes",
-                where=place,
-                fix="Set `new_head = true` in [model] to start with a new one.",
-            ) from error
-        if "Unrecognized configuration class" in text:
-            raise ConfigurationError(
-                "The model is of a kind that this task has no use for",
-                expected="a model that transformers can load for the task",
-                found=text.split("'")[1].rpartition(".")[2] if "'" in text else text[:200],
-                where=place,
-                fix="Choose another `task` in [data], or another model.",
-            ) from error
-        first = text.splitlines()[0].split(". ")[0][:200] if text else ""
-        if Path(place).is_dir():
-            raise FedveilError(
-                f"The {what} in this folder cannot be loaded",
-                found=f"{type(error).__name__}: {first}".rstrip(".: "),
-                where=place,
-                fix="It should be as save_pretrained of an installed transformers writes it.",
-            ) from error
-        raise FedveilError(
-            f"The {what} cannot be loaded",
-            found=f"{type(error).__name__}: {first}".rstrip(".: "),
-            where=place,
-            fix="A name that is no local folder is looked up on the Hugging Face hub: check its "
-            "spelling and the network, or download it elsewhere and name the folder.",
-        ) from error
+                "Nobody here knows how the model's head begins anew",
+                found=type(layer).__name__,
+                where=module,
+                fix="Save the model without its head, or with one for your classes.",
+            )
+        reset()
+    return names

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.config.file import Config
+from fedveil.config.folders import check_folders, settings_of
 from fedveil.config.models import architecture_class, place_of, quiet_transformers
 from fedveil.config.sources import is_file, load_source
-from fedveil.config.tables import DataTable, is_function
+from fedveil.config.tables import RANDOM, DataTable, is_function
 from fedveil.data.library import quiet
 from fedveil.errors import ConfigurationError
 from fedveil.training import Training
@@ -82,6 +83,8 @@ def rehearse(config: Config, folder: Path) -> Rehearsal:
             expected="local files in [data]",
             where=config.path.name,
         )
+    _check_families(config)
+    check_folders(config)
     small = _small_numbers(config, folder)
     with quiet():
         data = _write_rows(config, folder)
@@ -96,6 +99,7 @@ def rehearse(config: Config, folder: Path) -> Rehearsal:
             data=config.data.model_copy(update=data.table),
             clients=data.clients,
             partners=None,
+            is_rehearsal=True,
         ),
         model,
         data.words,
@@ -252,7 +256,7 @@ def _write_model(config: Config, folder: Path) -> tuple[str, dict[str, Any]]:
     name = config.model.name
     if is_function(name):
         return f"the model that {name} makes", {}
-    family, place = _family(config), folder / "model"
+    family, place = _family(config, name), folder / "model"
     with quiet_transformers() as transformers:
         tokenizer = _tokenizer(config, transformers)
         # Apart from the model, whose family would have it read as another kind of tokenizer.
@@ -277,13 +281,30 @@ def _write_model(config: Config, folder: Path) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _family(config: Config) -> str:
+def _check_families(config: Config) -> None:
+    """Refuse a public model of another family than the owner's, if both can be told."""
+    public = config.model.public
+    if public in (None, RANDOM) or is_function(public) or is_function(config.model.name):
+        return
+    try:
+        own, other = _family(config, config.model.name), _family(config, public)
+    except ConfigurationError:
+        return  # of the owner's it is said where it is needed
+    if own != other:
+        raise ConfigurationError(
+            "The public model is of another family than yours",
+            expected=f"a model of the family {own}, which yours was fine-tuned from",
+            found=other,
+            where=f"{config.path.name}: [model] public",
+        )
+
+
+def _family(config: Config, model: str) -> str:
     """The model type of transformers: from the model's folder, or from its name."""
-    place = Path(place_of(config.model.name, config.path.parent))
-    if (place / "config.json").is_file():
-        found = json.loads((place / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if isinstance(found, str):
-            return found
+    found = (settings_of(config, model) or {}).get("model_type")
+    if isinstance(found, str):
+        return found
+    place = Path(place_of(model, config.path.parent))
     with quiet_transformers() as transformers:
         families: list[str] = list(transformers.CONFIG_MAPPING)
     known = {_bare(family): family for family in families} | _KNOWN_AS
@@ -293,7 +314,7 @@ def _family(config: Config) -> str:
         raise ConfigurationError(
             "The model's family cannot be told from its name",
             expected="a name with the family in it, or a local folder with config.json",
-            found=repr(config.model.name),
+            found=repr(model),
             where=f"{config.path.name}: [model] name",
         )
     return known[max(fitting, key=len)]

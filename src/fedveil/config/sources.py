@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedveil.config.classes import settled_classes
 from fedveil.config.file import Config
 from fedveil.data import encode_labels, in_order, is_whole_number, load_data, partition
 from fedveil.errors import ConfigurationError, DataError, FedveilWarning
@@ -18,7 +19,7 @@ from fedveil.errors import ConfigurationError, DataError, FedveilWarning
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["Rows", "is_file", "load_rows", "load_source", "load_test"]
+__all__ = ["Rows", "class_names", "is_file", "load_rows", "load_source", "load_test"]
 
 _SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 _TRAIN, _TEST, _OWNER = "the training set", "the test set", "the owner's data"
@@ -75,7 +76,8 @@ def load_rows(config: Config) -> Rows:
     }
     names, encoded = [], parts
     if data.has_classes:
-        names = data.labels or _class_names(parts, data.label, config.model.num_labels)
+        known = data.labels or class_names(parts, data.label, config.model.num_labels)
+        names = settled_classes(config, known)
         encoded = {who: _encode(rows, who, data.label, names) for who, rows in parts.items()}
         lent = {
             who: None if rows is None else _encode(rows, who, data.label, names)
@@ -116,6 +118,7 @@ def _rows_of_partner(config: Config) -> Rows:
     rows = _draw(load_data(path, numbers=False), data.train_limit, config.federation.seed)
     names = data.labels or []
     if data.has_classes:
+        names = settled_classes(config, names)
         rows = _encode(rows, f"client {name}", data.label, names)
     return Rows({name: rows}, None, None, None, names)
 
@@ -167,10 +170,19 @@ def _draw(rows: datasets.Dataset, limit: int | None, seed: int) -> datasets.Data
     return rows.shuffle(seed=seed, keep_in_memory=True).select(range(limit), keep_in_memory=True)
 
 
-def _class_names(
+def class_names(
     parts: Mapping[str, datasets.Dataset], label: str, num_labels: int | None
 ) -> list[str]:
-    """The classes of all clients together, numbers in the order of numbers."""
+    """The classes of all clients together, numbers in the order of numbers.
+
+    Args:
+        parts: Rows, by whose they are.
+        label: The column of classes.
+        num_labels: How many classes the model has, if the file says.
+
+    Raises:
+        DataError: There is no such column, or it names no classes; the error says whose it is.
+    """
     found = {who: _names(rows, who, label) for who, rows in parts.items()}
     first, *others = found.values()
     union = in_order({name for names in found.values() for name in names})

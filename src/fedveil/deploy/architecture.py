@@ -313,7 +313,11 @@ def _check_shapes(config: Config, model: nn.Module, folder: Path) -> None:
             built = kind.from_config(transformers.AutoConfig.from_pretrained(folder))
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     made = {name: tensor.shape for name, tensor in built.state_dict().items()}
-    adapted = {name.replace(".base_layer", ""): shape for name, shape in own.items()}
+    # What PEFT calls a layer that it adapts, and one of which it trains a copy.
+    adapted = {
+        name.replace(".base_layer", "").replace(".original_module", ""): shape
+        for name, shape in own.items()
+    }
     if any(adapted.get(name) != shape for name, shape in made.items()):
         odd = next(name for name, shape in made.items() if adapted.get(name) != shape)
         raise ConfigurationError(

@@ -17,6 +17,8 @@ from typing import Any
 from torch import nn
 
 from fedveil.config import Config, build, open_secret
+from fedveil.config.adapters import saved_whole
+from fedveil.config.classes import settled_classes
 from fedveil.config.tables import NONE, RANDOM, is_function
 from fedveil.deploy.architecture import (
     check_tokenizer,
@@ -180,7 +182,7 @@ def _write_partner(
         elif not address.is_local or file not in _CONTAINERS:
             write_public(folder / file, text)
     write_public(folder / "README.md", _filled("partner/README.md", words))
-    write_public(folder / "partner.toml", _partner_file(config, name))
+    write_public(folder / "partner.toml", _partner_file(config, model, name))
     if _is_saved(config):
         save_architecture(config, model, folder / _ARCHITECTURE)
     elif _is_tokenizer_saved(config):
@@ -237,7 +239,7 @@ def _told(name: str) -> str:
     return path.name if elsewhere else name
 
 
-def _partner_file(config: Config, name: str) -> str:
+def _partner_file(config: Config, released: nn.Module, name: str) -> str:
     """A client's partner.toml: nothing in it that a client need not know."""
     model: dict[str, Any] = {"name": _told(_released(config))}
     if _is_saved(config):
@@ -246,10 +248,14 @@ def _partner_file(config: Config, name: str) -> str:
         model["tokenizer"] = _TOKENIZER
     elif config.model.tokenizer is not None:
         model["tokenizer"] = config.model.tokenizer
-    if config.model.num_labels is not None:
-        model["num_labels"] = config.model.num_labels
+    if (classes := _classes(config)) is not None:
+        model["num_labels"] = classes
     if config.model.lora is not None:
         model["lora"] = {k: v for k, v in config.model.lora.items() if k not in _OF_THE_OWNERS_BASE}
+        if whole := saved_whole(released):  # without weights nobody there sees what is new
+            model["lora"]["modules_to_save"] = whole
+    if config.scheme.clients_hold_rest and (config.model.new_head or config.model.public):
+        model["new_head"] = True
     if config.model.dtype != "float32":
         model["dtype"] = config.model.dtype
     data = {key: value for key, value in config.data.model_dump().items() if key in _DATA}
@@ -264,6 +270,15 @@ def _partner_file(config: Config, name: str) -> str:
     }
     head = f"# What {name} has. Change `train` in [data] to where your data are.\n"
     return head + to_toml(tables)
+
+
+def _classes(config: Config) -> int | None:
+    """How many classes a client's model has where its labels do not say; names stay here."""
+    labels = config.data.labels
+    if config.model.num_labels is not None or labels is None or not config.data.has_classes:
+        return config.model.num_labels
+    count = len(settled_classes(config, labels))
+    return None if count == len(labels) else count
 
 
 def _settings(values: Any) -> dict[str, Any]:

@@ -16,6 +16,9 @@ class Observer:
     def run_started(self, rounds: int, finished: int) -> None:
         """A run of ``rounds`` rounds begins; ``finished`` are done already (resumed)."""
 
+    def base_doubted(self, reason: str) -> None:
+        """What the base reaches says that something may be wrong with it, and what."""
+
     def round_started(self, number: int, clients: int) -> None:
         """Round ``number`` begins with this many clients."""
 

@@ -41,6 +41,7 @@ from fedveil.schemes import ServerSide, examples_of
 from fedveil.secret import Secret
 from fedveil.state import load_state, read_state
 from fedveil.training import Prepared, Task, evaluate
+from fedveil.training.guessing import no_better_than_chance
 from fedveil.training.modes import on_device
 from fedveil.wire import Limits, Message, reply_limits
 
@@ -118,6 +119,7 @@ class Rounds:
         checkpoints: Of how many rounds checkpoints are kept.
         base: The owner's model before round 1.
         reached_by_base: What it reached, once a run has begun and if it is measured.
+        doubt: Then, in words, that it is no better than chance, if it is not.
         limits: How much a reply may be; None for what an honest one can be at most.
         beside: What the scheme asks for beside updates; see :meth:`fedveil.schemes.Scheme.beside`.
     """
@@ -147,6 +149,7 @@ class Rounds:
     limits: Limits | None = None
     beside: Mapping[str, int] = field(default_factory=dict)
     reached_by_base: dict[str, float] | None = field(default=None, init=False)
+    doubt: str | None = field(default=None, init=False)
     _awaited: dict[str, Limits] = field(default_factory=dict, init=False)
     _released: list[str] = field(default_factory=list, init=False)
     _beginning: Beginning | None = field(default=None, init=False)
@@ -204,6 +207,12 @@ class Rounds:
     def _measure_base(self) -> None:
         if self.base is not None and self.evaluation.base:
             self.reached_by_base = self._measure_state(self.base)
+        if self.reached_by_base is not None and self.test is not None:
+            self.doubt = no_better_than_chance(
+                self.reached_by_base, self.task, self.test, self.model
+            )
+            if self.doubt is not None:
+                self.observer.base_doubted(self.doubt)
 
     def _look(self, *, few: bool) -> Measures | None:
         """What the global model reaches now, on a few rows or all; None if that cannot be told."""

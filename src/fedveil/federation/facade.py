@@ -30,6 +30,7 @@ from fedveil.federation.settings import (
     check_return,
 )
 from fedveil.schemes import Facts, FedQSN, Scheme, ServerSide, Transfer, check_public
+from fedveil.schemes.likeness import Likeness, check_likeness, likeness_of
 from fedveil.secret import Secret
 from fedveil.state import (
     architecture_of,
@@ -39,6 +40,8 @@ from fedveil.state import (
     with_state,
 )
 from fedveil.training import Prepared, Task, Trainer, Training
+from fedveil.training.classes import check_stated
+from fedveil.training.reading import check_read
 from fedveil.unsupported import check_supported
 from fedveil.wire import Limits
 
@@ -56,12 +59,14 @@ class Result:
         base: What the model reached on the owner's test set before round 1; None if not measured.
         parameters_bytes: Bytes in float32 of what the scheme releases: what one fp32 release would
             take.
+        doubt: In words, that the base is no better than chance, if it was measured and is not.
     """
 
     global_model: nn.Module
     rounds: list[RoundRecord]
     base: dict[str, float] | None
     parameters_bytes: int
+    doubt: str | None = None
 
     def mean_bytes_down(self) -> float:
         """Mean bytes per client and round that the server sent."""
@@ -140,6 +145,7 @@ class Federation:
     Attributes:
         config_file: The file that describes the federation, if one does: ``run.json`` names it, so
             that the run can be audited from its folder alone.
+        likeness: How far the public model is from the owner's; None without one.
 
     Does NOT protect what the scheme does not protect: read the docstring of the scheme. In process,
     clients share a machine with the owner; separation between companies takes an engine that runs
@@ -219,6 +225,9 @@ class Federation:
             rows = prepared("the rows of the owner's tuning", task, tuning.rows)
             self._tuning = Trainer(task, rows, tuning.training)
             self._tuning.trainable(self._architecture())  # says now what it cannot train
+        check_stated(model, task, {**named, "the test set": test, "the owner's data": owner})
+        check_read(task, {name: trainer.data for name, trainer in self._trainers.items()})
+        self.likeness = self._read_likeness()
         self._server()  # says now what it cannot work with
         self._is_own, self._fingerprint = copy, fingerprint(self._model)
 
@@ -310,11 +319,11 @@ class Federation:
         engine.check_budget(rounds)
         with self._alone_in_folder(overwrite=overwrite and not resume):
             records = engine.run(rounds, resume=resume, from_round=from_round)
-        base = engine.reached_by_base
+        base, doubt = engine.reached_by_base, engine.doubt
         final = server.final()
         del engine, measured, server  # the result needs room
         model = with_state(self._model, final)
-        return Result(model, records, base, _fp32_bytes(own))
+        return Result(model, records, base, _fp32_bytes(own), doubt)
 
     def _try_first(self, *, here: bool) -> None:
         """One round in small, before anything is written or released."""
@@ -461,6 +470,17 @@ class Federation:
         check_public(self.scheme, public, self._model)
         rows: Prepared = prepared("the owner's data", self._task, owner)
         return copy_of(public) if copy else public, rows
+
+    def _read_likeness(self) -> Likeness | None:
+        """How far the public model is from the owner's, if it is not his."""
+        if self._public is None or self._owner is None:
+            return None
+        own = self.scheme.tensors(self._model)
+        left = () if self._tuning is None else self._tuning.training.frozen
+        likeness = likeness_of(self._public, self._model, own.keys(), left)
+        judge = Judge(self._architecture, self._task, self._owner, self.training.device)
+        check_likeness(likeness, self._public, own, judge)
+        return likeness
 
     def _server(self) -> ServerSide:
         if self._public is None or self._owner is None:

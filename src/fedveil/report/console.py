@@ -60,6 +60,10 @@ class ConsoleProgress(Observer):
         elif finished:
             self._say(f"continuing after round {finished} of {rounds}")
 
+    def base_doubted(self, reason: str) -> None:
+        """See :class:`Observer`."""
+        self._say(reason, style="bold yellow")
+
     def round_started(self, number: int, clients: int) -> None:
         """See :class:`Observer`."""
         self._clients, done = clients, number - 1 - self._finished

@@ -42,6 +42,7 @@ def summarize(
         ``own_data``: accuracies in percent on the owner's test set, after the last round (None: not
         measured); ``bytes_down`` and ``bytes_up``: means per client and round; ``seconds``;
         ``rounds``: accuracy of the global model after each round (None: not measured in it).
+        ``doubt``, if the base is no better than chance: that, in words.
         Language models have losses in nats per token in the place of accuracies, lower is better,
         and say so: ``metric`` is "loss". Without it, it is accuracy.
     """
@@ -53,6 +54,7 @@ def summarize(
         "base": base if result.base is None else metric.of(result.base),
         **{view: metric.of(measures.get(view, {})) for view in _VIEWS},
         "own_data": own_data,
+        **({"doubt": result.doubt} if result.doubt else {}),
         "bytes_down": result.mean_bytes_down(),
         "bytes_up": result.mean_bytes_up(),
         "seconds": seconds,

@@ -218,6 +218,9 @@ class _Watched(Observer):
         for tracker in self._trackers:
             tracker.tell("open", finished)
 
+    def base_doubted(self, reason: str) -> None:
+        self._observer.base_doubted(reason)
+
     def round_started(self, number: int, clients: int) -> None:
         self._observer.round_started(number, clients)
 

@@ -66,9 +66,9 @@ class ImageClassification(Classification):
         self.validate(data)
         return Prepared(data)
 
-    def classes_in(self, data: Prepared) -> list[int]:
-        """The classes of which there are examples, in order."""
-        return sorted({int(label) for label in column(data.rows, self.label)})
+    def labels_of(self, data: Prepared) -> list[int]:
+        """The class of each row."""
+        return [int(label) for label in column(data.rows, self.label)]
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Images as float32 [B, C, H, W], and labels [B].

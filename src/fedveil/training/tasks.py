@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, Protocol, Self, runtime_checkable
@@ -131,9 +132,17 @@ class Classification:
         task._classes = tuple(self.classes_in(data))
         return task
 
+    def labels_of(self, data: Prepared) -> list[int]:
+        """The class of each row."""
+        raise NotImplementedError
+
     def classes_in(self, data: Prepared) -> list[int]:
         """The classes of which there are examples, in order."""
-        raise NotImplementedError
+        return sorted({*self.labels_of(data)})
+
+    def commonest(self, data: Prepared) -> float:
+        """How often the commonest class occurs, as a share: what always guessing it reaches."""
+        return max(Counter(self.labels_of(data)).values()) / len(data)
 
     def check_labels(self, data: Dataset) -> list[int]:
         """The labels of all rows; DataError names the first that is no class number."""

@@ -101,9 +101,9 @@ class TextClassification(Classification):
         self._check_lengths(rows)
         return Prepared(rows, lengths=[len(row["input_ids"]) for row in rows])
 
-    def classes_in(self, data: Prepared) -> list[int]:
-        """The classes of which there are examples, in order."""
-        return sorted({row["labels"] for row in data.select(range(len(data)))})
+    def labels_of(self, data: Prepared) -> list[int]:
+        """The class of each row."""
+        return [row["labels"] for row in data.select(range(len(data)))]
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Token tensors padded on the right to the longest row, [B, L], and labels, shape [B]."""

@@ -1,0 +1,167 @@
+"""Which tokenizer owner and clients use, and whether it is the model's."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedveil.config.file import Config
+from fedveil.config.foreign import refuse_code
+from fedveil.config.names import explained, place_of
+from fedveil.config.tables import RANDOM, is_function
+from fedveil.data.library import quiet_transformers
+from fedveil.errors import ConfigurationError, FedveilWarning
+from fedveil.training.reading import check_made_of_something
+from fedveil.training.tasks import longest_input
+
+__all__ = [
+    "agree",
+    "check_vocabulary",
+    "load_tokenizer",
+    "public_brings_tokenizer",
+    "tokenizer_name",
+]
+
+_FILE = re.compile(r"token|vocab|merges|spiece|sentencepiece|bpe|\.model$")
+_FEW = 0.05
+"""A tokenizer that knows a smaller share of the tokens that a model has is worth a word."""
+
+
+def load_tokenizer(name: str, folder: Path, *, guarded: bool = False) -> Any:
+    """A tokenizer that can pad, from a folder or the hub.
+
+    Args:
+        name: What it is called.
+        folder: What paths are relative to.
+        guarded: Refuse one that wants code of its own to be run: at a client's.
+
+    Raises:
+        FedveilError: It cannot be found or loaded, has no vocabulary, or is refused.
+    """
+    place = place_of(name, folder)
+    if Path(place).is_dir() and not _is_in(Path(place)):
+        raise ConfigurationError(
+            "There is no tokenizer in the folder",
+            expected="what tokenizer.save_pretrained writes, such as tokenizer.json",
+            found=", ".join(sorted(path.name for path in Path(place).iterdir())[:8]) or "no file",
+            where=place,
+            fix="Save the model's own tokenizer beside it, or name one: tokenizer in [model].",
+        )
+    with quiet_transformers() as transformers, explained("tokenizer", place):
+        if guarded:
+            tokenizers = transformers.models.auto.tokenization_auto
+            refuse_code(tokenizers.get_tokenizer_config(place, trust_remote_code=False), place)
+        trust = {"trust_remote_code": False} if guarded else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **trust)
+        if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+    check_made_of_something(tokenizer, place)
+    return tokenizer
+
+
+def tokenizer_name(config: Config) -> str:
+    """Where the tokenizer is that owner and clients use.
+
+    With what clients are sent a proxy of, unless the file says otherwise: the public model, if one
+    is released and brings a tokenizer, since its tokens are what it was trained on and what anybody
+    may have. Else with the owner's model.
+
+    Raises:
+        ConfigurationError: The model is made by a function, so nothing is with it.
+    """
+    name = config.model.tokenizer or (
+        config.model.public if public_brings_tokenizer(config) else config.model.name
+    )
+    assert name is not None
+    if is_function(name):
+        raise ConfigurationError(
+            "A model that a function makes brings no tokenizer",
+            where=f"{config.path.name}: [model]",
+            fix='Add tokenizer = "a folder or hub name".',
+        )
+    return name
+
+
+def public_brings_tokenizer(config: Config) -> bool:
+    """Whether there is a public model with a tokenizer of its own.
+
+    Of a folder its files tell: transformers makes a tokenizer without any vocabulary where there
+    are none.
+    """
+    public = config.model.public
+    if public is None or public == RANDOM:
+        return False
+    place = config.path.parent / Path(public).expanduser()
+    if is_function(public) or not place.is_dir():
+        return True  # a name on the hub, or one of which the error tells
+    return _is_in(place)
+
+
+def agree(tokenizer: Any, model: nn.Module, config: Config) -> None:
+    """Padding, vocabulary and length as the model needs them.
+
+    Raises:
+        ConfigurationError: They cannot be.
+    """
+    own: Any = getattr(model, "config", None)
+    if own is None:
+        return
+    check_vocabulary(tokenizer, _embedded(model), config)
+    if getattr(own, "pad_token_id", None) is None:
+        own.pad_token_id = tokenizer.pad_token_id
+    longest = longest_input(model)
+    if longest is not None and config.data.max_length > longest:
+        raise ConfigurationError(
+            "Texts are longer than the model can read",
+            expected=f"at most {longest}",
+            found=str(config.data.max_length),
+            where=f"{config.path.name}: [data] max_length",
+        )
+
+
+def check_vocabulary(tokenizer: Any, embedded: int | None, config: Config) -> None:
+    """Refuse a tokenizer with tokens of which the model knows nothing.
+
+    Args:
+        tokenizer: Of transformers.
+        embedded: Of how many tokens the model has embeddings; None if nobody knows.
+        config: Which names both.
+
+    Raises:
+        ConfigurationError: It has such tokens.
+    """
+    if embedded is None:
+        return
+    last = max(tokenizer.get_vocab().values(), default=0)
+    where = f"{config.path.name}: {tokenizer_name(config)}"
+    if last >= embedded:
+        raise ConfigurationError(
+            "The tokenizer is of another model: it has tokens that the model has no embedding of",
+            expected=f"at most {embedded} tokens",
+            found=str(last + 1),
+            where=where,
+            fix="Take the tokenizer that the model was made with (tokenizer in [model]).",
+        )
+    if last + 1 < _FEW * embedded:
+        warnings.warn(
+            f"The tokenizer has {last + 1:,} tokens, and the model embeddings of {embedded:,}: is "
+            f"it the model's own? ({where})",
+            FedveilWarning,
+            stacklevel=2,
+        )
+
+
+def _is_in(folder: Path) -> bool:
+    return any(_FILE.search(path.name) for path in folder.iterdir())
+
+
+def _embedded(model: nn.Module) -> int | None:
+    """Of how many tokens a model has embeddings; None if it does not say."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
