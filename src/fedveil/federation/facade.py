@@ -19,7 +19,15 @@ from fedveil.engine.in_process import Workplace, bare_architecture, workers
 from fedveil.engine.memory import ClientFiles
 from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import AuditError, ConfigurationError
-from fedveil.federation.clients import Remote, Rows, check_names, name_clients, prepared, trainer_of
+from fedveil.federation.clients import (
+    Remote,
+    Rows,
+    check_names,
+    name_clients,
+    prepared,
+    run_on,
+    trainer_of,
+)
 from fedveil.federation.owner import Judge, Tuner, Tuning
 from fedveil.federation.settings import (
     check_count,
@@ -214,6 +222,8 @@ class Federation:
             rows = prepared("the rows of the owner's tuning", task, tuning.rows)
             self._tuning = Trainer(task, rows, tuning.training)
             self._tuning.trainable(self._architecture())  # says now what it cannot train
+        at_hand = (self._test, self._owner, *(one.data for one in self._trainers.values()))
+        self.scheme.check(self.released, run_on(task, at_hand))
         self._server()  # says now what it cannot work with
         self._is_own, self._fingerprint = copy, fingerprint(self._model)
 

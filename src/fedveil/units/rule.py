@@ -81,16 +81,20 @@ class Rule:
     Attributes:
         model_types: what it serves: values of `model.config.model_type`, or class names of models.
         patterns: the unit groups of all choices; a choice takes those of its kinds.
+        shared: parts of the names of tensors that hold something of each unit, but for several
+            groups together, so that no group can withhold it: released whole, and no fault of the
+            rule. A bias of positions with one number per head that all layers add, for instance.
     """
 
     model_types: tuple[str, ...]
     patterns: tuple[Pattern, ...]
+    shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        given: tuple[object, object] = (self.model_types, self.patterns)
+        given: tuple[object, ...] = (self.model_types, self.patterns, self.shared)
         if not all(isinstance(value, tuple) for value in given):
             raise ConfigurationError(
-                "a rule's model_types and patterns are tuples",
+                "a rule's model_types, patterns and shared are tuples",
                 expected='Rule(model_types=("my_model",), patterns=(Pattern(...),))',
                 found=f"model_types={self.model_types!r}",
             )

@@ -131,6 +131,7 @@ _T5 = Rule(
             optional=True,
         ),
     ),
+    shared=("relative_attention_bias",),
 )
 
 _VIT = Rule(
