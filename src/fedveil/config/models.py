@@ -27,6 +27,7 @@ __all__ = [
     "Pair",
     "architecture_class",
     "find_function",
+    "find_named",
     "load_model",
     "load_pair",
     "load_tokenizer",
@@ -340,6 +341,18 @@ def find_function(name: str, folder: Path) -> Callable[..., Any]:
     Raises:
         ConfigurationError: There is none.
     """
+    function: object = find_named(name, folder)
+    if not callable(function):
+        raise ConfigurationError("A name in a file is that of no function", where=name)
+    return function
+
+
+def find_named(name: str, folder: Path) -> Any:
+    """What "module:NAME" names, from an installed module or one in ``folder``.
+
+    Raises:
+        ConfigurationError: There is nothing of that name.
+    """
     module_name, _, function_name = name.partition(":")
     # At the end, so that no file beside the configuration hides an installed module; and for good,
     # as client processes import it again.
@@ -354,12 +367,12 @@ def find_function(name: str, folder: Path) -> Callable[..., Any]:
             where=name,
             fix=f"It must be installed, or lie in {folder}.",
         ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
+    named = getattr(module, function_name, None)
+    if named is None:
         raise ConfigurationError(
             f"The module has no function {function_name!r}", where=str(module.__file__)
         )
-    return function  # type: ignore[no-any-return]
+    return named
 
 
 def place_of(name: str, folder: Path) -> str:

@@ -188,7 +188,8 @@ def _write_partner(
 
 def _modules(config: Config) -> set[Path]:
     """Files of code that a client's settings name; other functions are of installed packages."""
-    names = [name for name in (_released(config), config.data.transform) if name is not None]
+    given = (_released(config), config.data.transform, config.model.rule)
+    names = [name for name in given if name is not None]
     files = (f"{name.partition(':')[0]}.py" for name in names if is_function(name))
     return {config.path.parent / file for file in files if (config.path.parent / file).is_file()}
 
@@ -247,6 +248,8 @@ def _partner_file(config: Config, name: str) -> str:
         model["num_labels"] = config.model.num_labels
     if config.model.lora is not None:
         model["lora"] = {k: v for k, v in config.model.lora.items() if k not in _OF_THE_OWNERS_BASE}
+    if config.model.rule is not None:
+        model["rule"] = config.model.rule
     if config.model.dtype != "float32":
         model["dtype"] = config.model.dtype
     data = {key: value for key, value in config.data.model_dump().items() if key in _DATA}

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -29,6 +30,8 @@ from fedveil.schemes import ClientSide, Scheme
 from fedveil.state import architecture_of
 from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
 from fedveil.training.modes import on_device
+from fedveil.units import Rule, register_rule
+from fedveil.units.registry import registered
 from fedveil.wire import Message
 
 __all__ = [
@@ -49,6 +52,7 @@ class Workplace:
     ``architecture`` is a model whose weights were wiped; ``test`` is the owner's test set, lent to
     measure proxies in an experiment (real clients do not have it). ``memories`` is what clients
     keep for themselves between rounds, if they do. ``device`` is where proxies are measured.
+    ``rules`` are those for units that were registered here: worker processes need them, too.
     """
 
     architecture: nn.Module
@@ -58,6 +62,13 @@ class Workplace:
     test: Prepared | None
     memories: ClientFiles | None = None
     device: str | None = None
+    rules: tuple[Rule, ...] = field(default_factory=registered)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process: what was registered here is registered there."""
+        self.__dict__.update(state)
+        for rule in self.rules:
+            register_rule(rule)
 
 
 def bare_architecture(scheme: Scheme, model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ _SIDES = (32, 28, 4, 8, 16, 64, 224, 48, 96, 128)
 """Of images that plain nets read, where nobody says how large theirs are."""
 
 # Caches and weights of attention: what they tell of a withheld head is not what comes of it.
-_ASIDE = ("past_key_values", "attentions", "cache", "mems", "state", "hidden_states")
+_ASIDE = ("past_key_values", "attentions", "cache_params", "mems", "hidden_states")
 
 
 def floating(answer: object) -> list[Tensor]:
@@ -57,8 +57,7 @@ def runs_of(model: nn.Module, run: Run | None) -> Iterator[tuple[str, Run]]:
         yield "rows of the data", run
     if not made:
         for shape in _shapes(model):
-            example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            yield f"a tensor {list(shape)}", partial(_call_all, example)
+            yield f"a tensor {list(shape)}", partial(_call_with, shape)
 
 
 def _given(model: nn.Module) -> object | None:
@@ -90,8 +89,9 @@ def _call(given: object, model: nn.Module) -> object:
     return model(*given) if isinstance(given, (tuple, list)) else model(given)
 
 
-def _call_all(example: Tensor, model: nn.Module) -> object:
+def _call_with(shape: tuple[int, ...], model: nn.Module) -> object:
     """Call a net of which nobody knows what it reads; its answer must be one for each example."""
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     answer = _call(example, model)
     numbers = floating(answer)
     if not numbers or len(numbers[0]) != len(example):
@@ -113,15 +113,15 @@ def _moved(value: object, device: torch.device) -> object:
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Shapes of two examples that the first layer would read."""
+    """Shapes of four examples that the first layer would read."""
     for module in model.modules():
         if isinstance(module, CONVOLUTIONS):
             axes = len(module.kernel_size)
-            yield from ((2, module.in_channels, *(side,) * axes) for side in _SIDES)
+            yield from ((4, module.in_channels, *(side,) * axes) for side in _SIDES)
             return
         if isinstance(module, nn.Linear):
-            yield 2, module.in_features
-            yield 2, 7, module.in_features
+            yield 4, module.in_features
+            yield 4, 7, module.in_features
             return
         if isinstance(module, (nn.Embedding, nn.RNNBase)):
             return  # tokens, or sequences: whoever made the net knows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import cache
 from types import TracebackType
 from typing import Self
 from zlib import crc32
@@ -15,6 +16,9 @@ from fedveil.units.examples import Run, floating
 from fedveil.units.group import Slice
 
 __all__ = ["Probe", "Watch"]
+
+_NORMAL = 1_048_583
+"""How many numbers are drawn; a prime, so that no two rows of a matrix are alike."""
 
 
 class Probe:
@@ -98,11 +102,11 @@ class Probe:
             return
         shape = [*tensor.shape]
         shape[cut.axis] = len(at)
-        generator = torch.Generator().manual_seed(crc32(f"{cut.tensor} {cut.axis}".encode()))
-        noise = torch.empty(shape).normal_(generator=generator) * _size(self._start[id(tensor)])
+        noise = _noise(f"{cut.tensor} {cut.axis}", tensor.data.new_empty(shape))
+        noise *= _size(self._start[id(tensor)])
         if cut.tensor.endswith("running_var"):
             noise = noise.abs()
-        tensor.data.index_copy_(cut.axis, at, noise.to(tensor.device))
+        tensor.data.index_copy_(cut.axis, at, noise)
 
     @torch.no_grad()
     def outputs(self, run: Run) -> list[Tensor]:
@@ -131,6 +135,8 @@ class Probe:
                     handle = tensor.register_post_accumulate_grad_hook(look)  # type: ignore[no-untyped-call]
                     stack.callback(handle.remove)
             answers = [one for one in self._run(run) if one.requires_grad]
+            if not all(bool(one.isfinite().any()) for one in answers):
+                raise ValueError("the model's answer is not finite")
             # Sums of answers would be constants behind a norm or a softmax: weigh each number.
             generator = torch.Generator().manual_seed(0)
             total = sum(
@@ -150,7 +156,7 @@ class Probe:
         handle = self._model.register_forward_hook(lambda _, __, output: answers.append(output))
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)
                 returned = run(self._model)
         finally:
             handle.remove()
@@ -201,13 +207,25 @@ def _telling(name: str, tensor: Tensor, *, drawn: bool) -> Tensor:
     trained = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
     if not alike and not (drawn and trained):
         return values
-    generator = torch.Generator().manual_seed(crc32(name.encode()))
-    noise: Tensor = torch.empty(values.shape).normal_(generator=generator).to(values.device)
+    noise = _noise(name, values)
     if values.dim() > 1:
-        return noise.div(max(values[0].numel(), 1) ** 0.5)
+        return noise.div_(max(values[0].numel(), 1) ** 0.5)
     if name.endswith(("weight", "running_var")) and not (alike and abs(first) < 0.01):
         return 1 + 0.2 * noise.clamp(-3, 3)
     return 0.2 * noise
+
+
+@cache
+def _normal() -> Tensor:
+    return torch.randn(_NORMAL, generator=torch.Generator().manual_seed(0))
+
+
+def _noise(name: str, values: Tensor) -> Tensor:
+    """Normal numbers of a tensor's shape: of some that are repeated, from a place of its own on."""
+    start = crc32(name.encode()) % _NORMAL
+    times = -(-(start + values.numel()) // _NORMAL)
+    few = _normal().repeat(times) if times > 1 else _normal()
+    return few[start : start + values.numel()].view(values.shape).to(values.device, copy=True)
 
 
 def _size(values: Tensor) -> float:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import product
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -29,7 +28,7 @@ from fedveil.units.group import Slice, UnitGroup
 from fedveil.units.layers import CONVOLUTIONS
 from fedveil.units.probe import Probe, Watch
 
-__all__ = ["NO_RULE_NEEDED", "Run", "try_units"]
+__all__ = ["NO_RULE_NEEDED", "Run", "UntriedError", "try_units"]
 
 NO_RULE_NEEDED = (
     "Where nothing is withheld (public=... with rates of 0, as by default, or FedAvg) no rule is "
@@ -59,21 +58,22 @@ def try_units(
     layer's output, and what reads that is released.
 
     It takes some forward passes and two backward passes in float32, and for that time the memory of
-    what is cut. The model comes out as it was. What was tried of a model is not tried again.
+    two more copies. The model comes out as it was. What was tried of a model is not tried again.
 
     What it does NOT find: what the inputs do not reach. Of blocks that are built alike one must be
     reached, of experts for instance; if none is, that is an error.
 
     Args:
-        model: on any device, in training or not; its values are used, but where they are all alike.
+        model: on any device, in training or not. Its values are of no account: while it is tried it
+            has others.
         groups: its groups, as `fedveil.units.find_units` gives them.
         run: runs a model on an example where the model itself does not say what it reads.
         shared: parts of the names of tensors that hold something of units, and are released all
             the same, as several groups share them: see :class:`fedveil.units.Rule`.
 
     Raises:
-        ConfigurationError: a group is wrong, and which layer tells so; or there is no input to try
-            it with.
+        ConfigurationError: a group is wrong, and which layer tells so.
+        UntriedError: there is no input to try it with.
     """
     groups = tuple(groups)
     shapes = [(name, tensor.shape) for name, tensor in model.state_dict().items()]
@@ -81,19 +81,20 @@ def try_units(
     if not groups or _TRIED.get(model) == looks:
         return
     problem = "no input, and no way to make one"
-    # Values that a model came with may be such that nothing shows: then others are drawn for it.
-    for (name, attempt), drawn in product(runs_of(model, run), (False, True)):
-        with Probe(model, drawn=drawn) as probe:
-            try:
-                _Trial(model, groups, attempt, tuple(shared), probe).judge()
-            except _WrongError as error:
-                raise error.told from None
-            except Exception as error:  # the model's own forward: it may raise anything
-                problem = f"with {name}: {str(error)[:200] or type(error).__name__}"
-                continue
+    for name, attempt in runs_of(model, run):
+        # Of values that a model came with nothing may show; of others, in a deep net.
+        for drawn in (True, False):
+            with Probe(model, drawn=drawn) as probe:
+                try:
+                    _Trial(model, groups, attempt, tuple(shared), probe).judge()
+                except _WrongError as error:
+                    raise error.told from None
+                except Exception as error:  # the model's own forward: it may raise anything
+                    problem = f"with {name}: {str(error)[:200] or type(error).__name__}"
+                    continue
             _TRIED[model] = looks
             return
-    raise ConfigurationError(
+    raise UntriedError(
         "Units that may be withheld are tried before anything is released, and this model could "
         "not be run",
         expected="an input that makes use of every kind of unit",
@@ -102,6 +103,10 @@ def try_units(
         fix="Give the model an example: model.example_inputs = a dictionary of what it is called "
         f"with, or a tensor. {NO_RULE_NEEDED}",
     )
+
+
+class UntriedError(ConfigurationError):
+    """Units were found, and there is no input with which to see whether they are units."""
 
 
 class _WrongError(Exception):
@@ -134,17 +139,16 @@ class _Trial:
             _WrongError: a group is.
             ValueError: this input does not tell.
         """
-        whole = self._answer()
-        if not any(one.numel() for one in whole):
-            raise ValueError("the model answers no numbers")
         self._used = self._probe.used(self._run)
         self._check_reached()
         self._withhold("zeros")
-        still = self._answer()
-        self._check_columns()
-        steady = self._steady_readers()
+        with Watch(self._model, self._last_layers()) as written, self._watch_readers() as read:
+            still = self._answer()
+        self._check_columns(written)
         self._check_fill("computing", still)
-        self._check_fill("reading", still, steady)
+        steady = self._steady_readers(read)
+        if any(cut.tensor not in steady for _, cut in self._readers()):
+            self._check_fill("reading", still, steady)
         suspects = self._suspects()
         # A position may also be idle by accident: of other units it then is not.
         again = self._suspects(others=True) if suspects else {}
@@ -173,21 +177,22 @@ class _Trial:
             raise ValueError("the model answers the same input differently each time")
         raise _WrongError(self._differing(fill, steady))
 
-    def _steady_readers(self) -> set[str]:
+    def _readers(self) -> Iterator[tuple[UnitGroup, Slice]]:
+        for group in self._groups:
+            if group.kind != "columns":
+                yield from ((group, cut) for cut in group.slices if cut.scaled)
+
+    def _watch_readers(self) -> Watch:
+        return Watch(self._model, {_layer(cut) for _, cut in self._readers()}, inputs=True)
+
+    def _steady_readers(self, watch: Watch) -> set[str]:
         """Weights that read the same, whatever the input is, where units are withheld.
 
         That need not be zero: behind a sigmoid it is not. It says nothing, as long as what computes
         it is withheld.
         """
-        cuts = {
-            _layer(cut): (cut, _withheld(group))
-            for group in self._groups
-            for cut in group.slices
-            if cut.scaled and group.kind != "columns"
-        }
+        cuts = {_layer(cut): (cut, _withheld(group)) for group, cut in self._readers()}
         steady: dict[str, bool] = {}
-        with Watch(self._model, cuts, inputs=True) as watch:
-            self._answer()
         for layer, value in watch.calls:
             cut, gone = cuts[layer]
             axis = 1 if isinstance(watch.modules[layer], CONVOLUTIONS) else value.dim() - 1
@@ -212,11 +217,12 @@ class _Trial:
                 mine = mine and group.kind != "columns" and cut.tensor not in steady
                 self._probe.fill(cut, gone, random=mine)
 
-    def _check_columns(self) -> None:
+    def _last_layers(self) -> dict[str, UnitGroup]:
+        return {_last_layer(group): group for group in self._groups if group.kind == "columns"}
+
+    def _check_columns(self, watch: Watch) -> None:
         """Whether what a layer puts out for a withheld column is zero."""
-        last = {_last_layer(group): group for group in self._groups if group.kind == "columns"}
-        with Watch(self._model, last) as watch:
-            self._answer()
+        last = self._last_layers()
         for layer, output in watch.calls:
             group = last[layer]
             gone = _withheld(group)
@@ -259,34 +265,36 @@ class _Trial:
         found: dict[tuple[str, int, int, int], UnitGroup] = {}
         for name, axes in self._probe.used(self._run).items():
             for axis, used in axes.items():
-                idle = self._used[name][axis] & ~used
-                if (name, axis) in cut or not idle.any() or any(s in name for s in self._shared):
+                before = self._used[name][axis]
+                idle = bool((before & ~used).any())
+                if (name, axis) in cut or not idle or any(s in name for s in self._shared):
                     continue
                 for group in groups:
                     gone = _withheld(group, others=others)
-                    for place, those, working in _readings(idle, used, group.size):
-                        if _are_just(gone, those, working):
+                    for place, was, now in _readings(before, used, group.size):
+                        if _are_just(gone, was, now):
                             found.setdefault((name, axis, *place), group)
         return found
 
 
 def _readings(
-    idle: Tensor, used: Tensor, size: int
+    before: Tensor, now: Tensor, size: int
 ) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-    """Ways in which units may lie on an axis, and of which units then is true what is of it."""
+    """Ways in which units may lie on an axis, and which units then had, and have, a say."""
     for parts in (1, 2, 3):
-        if len(idle) % (size * parts) == 0:
-            views = zip(idle.view(parts, size, -1), used.view(parts, size, -1), strict=True)
+        if len(now) % (size * parts) == 0:
+            views = zip(before.view(parts, size, -1), now.view(parts, size, -1), strict=True)
             for part, (one, other) in enumerate(views):
                 yield (parts, part), one.any(dim=1), other.any(dim=1)
 
 
-def _are_just(gone: Tensor, idle: Tensor, used: Tensor) -> bool:
-    """Whether all withheld units became idle, wholly, and most others did not."""
-    mask = torch.zeros(len(idle), dtype=torch.bool)
+def _are_just(gone: Tensor, before: Tensor, now: Tensor) -> bool:
+    """Whether the withheld units, and few others, have no say any more, though they had one."""
+    mask = torch.zeros(len(now), dtype=torch.bool)
     mask[gone] = True
-    others = used[~mask]
-    return bool((idle & ~used)[mask].all()) and 2 * int(others.sum()) > len(others)
+    lost = before & ~now
+    most = 2 * int(before[mask].sum()) >= int(mask.sum())
+    return most and not bool(now[mask].any()) and 2 * int(lost[~mask].sum()) < len(now[~mask])
 
 
 def _withheld(group: UnitGroup, *, others: bool = False) -> Tensor:
