@@ -140,6 +140,9 @@ def _of_config(model: nn.Module, config: Any) -> dict[str, Tensor]:
         made["input_ids"] = _tokens(config, draw)
     if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
         made["decoder_input_ids"] = _tokens(config, draw)
+    if "global_attention_mask" in takes and "input_ids" in made:
+        made["global_attention_mask"] = torch.zeros_like(made["input_ids"])
+        made["global_attention_mask"][:, 0] = 1
     if "bbox" in takes and "input_ids" in made:
         corners = torch.randint(0, 500, (1, _length(made), 2), generator=draw)
         made["bbox"] = torch.cat([corners, corners + 100], dim=-1)

@@ -115,11 +115,20 @@ def _served(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, 
     rule = rule_for({_label(model), type(model).__name__})
     if rule is not None:
         yield name, model, rule
-    elif _model_type(model):
+        return
+    inside = [
+        found
+        for child, module in model.named_children()
+        for found in _served(module, f"{name}.{child}" if name else child)
+    ]
+    yield from inside
+    if not inside and not name and _has_model_type(model):
         raise unknown_architecture(model, _label(model), "no rule serves this model type")
-    else:
-        for child, module in model.named_children():
-            yield from _served(module, f"{name}.{child}" if name else child)
+
+
+def _has_model_type(model: nn.Module) -> bool:
+    """Whether a model, or one that it wraps, is of a family, so that tracing would be a guess."""
+    return any(_model_type(module) for module in model.modules())
 
 
 def _model_type(model: nn.Module) -> str:

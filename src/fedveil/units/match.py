@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
 from fedveil.units.group import Slice, UnitGroup
-from fedveil.units.layers import input_slice, output_axis, output_slices, unit_width
+from fedveil.units.layers import bare_slices, input_slice, output_axis, output_slices, unit_width
 from fedveil.units.rule import Pattern, Rule
 from fedveil.units.ties import copies, tied_names
 
@@ -76,7 +76,11 @@ def _blocks(pattern: Pattern, anatomy: Anatomy, scope: str) -> list[str]:
     blocks: dict[int, str] = {}
     for name, module in anatomy.modules.items():
         inside = not scope or name == scope or name.startswith(f"{scope}.")
-        if inside and pattern.matches(name) and anatomy.has(_join(name, pattern.outputs[0])):
+        if (
+            inside
+            and pattern.matches(name)
+            and anatomy.has(_join(name, pattern.outputs[0].partition("@")[0]))
+        ):
             blocks.setdefault(id(module), name)
     return list(blocks.values())
 
@@ -85,13 +89,26 @@ def _group(pattern: Pattern, block: str, anatomy: Anatomy, config: object) -> Un
     """One block's group, or None if it cannot be cut without cutting a head tied to it."""
     outputs = _layers(pattern.outputs, "lora_B", block, anatomy)
     inputs = _layers(pattern.inputs, "lora_A", block, anatomy)
+    if pattern.inputs and not inputs:
+        return None
     size = _size(pattern, outputs[0], anatomy, config)
     modules, state = anatomy.modules, anatomy.state
-    cuts = [output_slices(name, modules.get(name), state, size, pattern.fused) for name in outputs]
+    fused = _shares(pattern, config)
+    cuts = [
+        bare_slices(*_bare(name), size=size, fused=fused, state=state)
+        if "@" in name
+        else output_slices(name, modules.get(name), state, size, fused)
+        for name in outputs
+    ]
     if pattern.kind == "columns":
         cuts = _scale(cuts, anatomy)
     slices = [cut for layer in cuts for cut in layer]
-    slices += (input_slice(name, modules.get(name), state, size) for name in inputs)
+    for name in inputs:
+        if "@" in name:
+            read = bare_slices(*_bare(name), size=size, state=state)
+            slices += (replace(cut, scaled=True) for cut in read)
+        else:
+            slices.append(input_slice(name, modules.get(name), state, size))
     everywhere = _under_all_names(slices, anatomy)
     if everywhere is None:
         return None
@@ -131,25 +148,44 @@ def _under_all_names(slices: list[Slice], anatomy: Anatomy) -> tuple[Slice, ...]
 
 
 def _size(pattern: Pattern, first: str, anatomy: Anatomy, config: object) -> int:
-    units = pattern.units
-    if isinstance(units, str):
-        units = getattr(config, units, None)
-        if not isinstance(units, int):
-            raise ConfigurationError(
-                "the number of units is not in the model's config",
-                expected=f"an integer {pattern.units!r}",
-                found=repr(units),
-                where=first,
-            )
-    if units is not None:
-        return units
+    if pattern.units is not None:
+        return _number(pattern.units, first, config)
+    if "@" in first:
+        name, number = _bare(first)
+        return unit_width(first, anatomy.state[name], number, len(_shares(pattern, config)))
     module = anatomy.modules.get(first)
     weight = anatomy.state.get(f"{first}.weight", anatomy.state.get(first))
     axis = output_axis(module) if module is not None else -1
     if weight is None or axis is None:
         # Not a layer whose layout is known: output_slices says so by name.
         return 1
-    return unit_width(first, weight, axis % weight.dim(), pattern.fused)
+    return unit_width(first, weight, axis % weight.dim(), len(_shares(pattern, config)))
+
+
+def _shares(pattern: Pattern, config: object) -> list[int]:
+    """The sizes of the parts that the output axis falls into, next to each other."""
+    if isinstance(pattern.fused, int):
+        return [1] * pattern.fused
+    return [_number(one, pattern.outputs[0], config) for one in pattern.fused]
+
+
+def _number(units: str | int, where: str, config: object) -> int:
+    """A number that a pattern gives, or names by what the config calls it."""
+    value = getattr(config, units, None) if isinstance(units, str) else units
+    if not isinstance(value, int):
+        raise ConfigurationError(
+            "the number of units is not in the model's config",
+            expected=f"an integer {units!r}",
+            found=repr(value),
+            where=where,
+        )
+    return value
+
+
+def _bare(name: str) -> tuple[str, int]:
+    """A bare parameter and the axis that a rule cuts, of "name@axis"."""
+    tensor, _, axis = name.partition("@")
+    return tensor, int(axis)
 
 
 def _layers(names: Collection[str], adapter: str, block: str, anatomy: Anatomy) -> list[str]:
@@ -159,7 +195,12 @@ def _layers(names: Collection[str], adapter: str, block: str, anatomy: Anatomy) 
     one that it reads is a column of its A.
     """
     layers: list[str] = []
-    for name in (_present(_join(block, name), anatomy) for name in names):
+    wanted = (
+        _join(block, name.removesuffix("?"))
+        for name in names
+        if not name.endswith("?") or anatomy.has(_join(block, name.removesuffix("?")))
+    )
+    for name in (_present(name, anatomy) for name in wanted):
         base, beside = f"{name}.base_layer", anatomy.modules.get(f"{name}.{adapter}")
         layers.append(base if anatomy.has(base) else name)
         if beside is not None:
@@ -168,7 +209,7 @@ def _layers(names: Collection[str], adapter: str, block: str, anatomy: Anatomy) 
 
 
 def _present(name: str, anatomy: Anatomy) -> str:
-    if not anatomy.has(name):
+    if not anatomy.has(name.partition("@")[0]):
         raise ConfigurationError(
             "a block lacks a layer that its rule names", expected=f"a layer {name!r}", where=name
         )

@@ -20,14 +20,17 @@ class Pattern:
         kind: "columns", "neurons", "heads" or "channels".
         outputs: layers (or bare parameters, cut along their last axis) whose OUTPUT positions
             belong to the units: weight rows, biases, norm entries. A block is a match if it holds
-            the first of them; it must then hold all.
+            the first of them; it must then hold all, but for those with a "?" behind their name.
+            "name@1" is a bare parameter that is cut along axis 1.
         inputs: layers whose INPUT positions read the units. Their biases are not part of a unit.
+            Where a block has none of them, as all have a "?", it has no such units.
         block: the module that holds the layers, with any prefix; "*" stands for a layer number.
             "" matches every module that holds the first output.
         units: how many units: a number, the name of a config attribute, or None for one unit per
             output position of the first output.
         fused: into how many equal parts the output axis falls, each with all units in order
-            (3 for a fused query-key-value layer).
+            (3 for a fused query-key-value layer); or the parts' sizes next to each other, as
+            numbers or names of config attributes.
         name: ends the group's name; by default "mlp", "heads", or the first output.
         optional: True if some models of the family lack such a block.
     """
@@ -37,7 +40,7 @@ class Pattern:
     inputs: tuple[str, ...] = ()
     block: str = ""
     units: str | int | None = None
-    fused: int = 1
+    fused: int | tuple[str | int, ...] = 1
     name: str = ""
     optional: bool = False
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fedveil.errors import ConfigurationError
 from fedveil.units.examples import Run, runs_of
 from fedveil.units.group import Slice, UnitGroup
-from fedveil.units.layers import CONVOLUTIONS
+from fedveil.units.layers import CONVOLUTIONS, input_axis
 from fedveil.units.probe import Probe, Watch
 
 __all__ = ["NO_RULE_NEEDED", "Run", "UntriedError", "try_units"]
@@ -183,7 +183,13 @@ class _Trial:
                 yield from ((group, cut) for cut in group.slices if cut.scaled)
 
     def _watch_readers(self) -> Watch:
-        return Watch(self._model, {_layer(cut) for _, cut in self._readers()}, inputs=True)
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        layers = {
+            _layer(cut)
+            for _, cut in self._readers()
+            if cut.tensor.endswith(".weight") and input_axis(modules[_layer(cut)]) == cut.axis
+        }
+        return Watch(self._model, layers, inputs=True)
 
     def _steady_readers(self, watch: Watch) -> set[str]:
         """Weights that read the same, whatever the input is, where units are withheld.
@@ -224,10 +230,11 @@ class _Trial:
         """Whether what a layer puts out for a withheld column is zero."""
         last = self._last_layers()
         for layer, output in watch.calls:
-            group = last[layer]
-            gone = _withheld(group)
-            axis = next((a for a in (-1, 1) if output.shape[a] == group.size), None)
-            if axis is not None and output.index_select(axis, gone.to(output.device)).any():
+            group, module = last[layer], watch.modules[layer]
+            channels = isinstance(module, (*CONVOLUTIONS, nn.modules.batchnorm._BatchNorm))
+            axis = 1 if channels else output.dim() - 1
+            gone = _withheld(group).to(output.device)
+            if output.shape[axis] == group.size and output.index_select(axis, gone).any():
                 raise _WrongError(_not_zero(layer, group))
 
     def _differing(self, fill: Fill, steady: Collection[str]) -> ConfigurationError:
@@ -320,8 +327,9 @@ def _layer(cut: Slice) -> str:
 
 
 def _last_layer(group: UnitGroup) -> str:
-    """What puts out the columns of a group: a norm behind embeddings, if there is one."""
-    return next((_layer(cut) for cut in group.slices if cut.scaled), _layer(group.slices[-1]))
+    """The last layer of a group of columns: a norm behind embeddings, if there is one."""
+    layers = [_layer(cut) for cut in group.slices if cut.tensor.endswith(".weight")]
+    return layers[-1] if layers else ""
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
