@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from toys import SECRET, play
 from units_families import FAMILIES, randomise
 from units_more_families import KNOWN
 
 from fedveil import FedQSN
 from fedveil.units import find_units, tried_units
 from fedveil.units.table import RULES
+from toys import SECRET, play
 
 DOCS = Path(__file__).parents[2] / "docs" / "units.md"
 
