@@ -132,9 +132,32 @@ def test_units_of_a_folder_and_of_a_configuration(home, call):
     assert code == 0
     assert "heads" in out
     assert "can be withheld" in out
+    assert "nothing of a withheld unit is left" in out
+    assert "Weights that no unit has a part of" in out
+    assert "pooler.dense.weight" in out
     code, _, err = call("units", home / "bert", "--choice", "rows")
     assert code == 2
     assert "columns or neurons or mlp" in err
+
+
+def test_units_of_a_model_without_a_rule_are_asked_for_only_by_masks(home, call):
+    import transformers
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
+    transformers.FNetModel(transformers.FNetConfig(**sizes)).save_pretrained(home / "fnet")
+    config = home / "federation.toml"
+    words = config.read_text().replace('name = "bert"', 'name = "fnet"')
+    config.write_text(words)
+    code, _, err = call("units", config)
+    assert code == 2
+    assert "no rule is needed" in err
+    before = words.partition("[scheme]")[0]
+    after = words.partition("[scheme]")[2].partition("[")
+    rest = after[1] + after[2]
+    config.write_text(f'{before}[scheme]\nname = "fedavg"\n{rest}')
+    code, out, err = call("units", config)
+    assert code == 0, err
+    assert "none are needed" in out
 
 
 def test_inspect_says_what_a_message_holds(tmp_path, call):

@@ -24,6 +24,7 @@ from fedveil.config.code import Approvals, Approved, code_of, read_piece
 from fedveil.deploy import Address, write_deployment
 from fedveil.deploy.checking import Survey
 from fedveil.errors import ConfigurationError
+from fedveil.units import registry
 
 CANARY = 'from pathlib import Path\nPath({path!r}).write_text("ran")\n'
 
@@ -282,6 +283,37 @@ class TestApproved:
         build_workplace(config_of(clinic))
         canary = tmp_path / "canary"
         spoil(clinic / "prepare.py", canary)
+        with pytest.raises(ConfigurationError, match="changed since"):
+            build_workplace(config_of(clinic))
+        assert not canary.exists()
+
+    def test_a_rule_for_units_is_code_like_a_model(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(registry, "_rules", list(registry._rules))
+        (folder / "units.py").write_text(
+            "from fedveil.units import Pattern, Rule\n"
+            "RULE = Rule(('Nobody',), (Pattern('neurons', ('fc1',), ('fc2',)),))\n"
+            "def make():\n    return RULE\n"
+        )
+        toml = folder / "federation.toml"
+        toml.write_text(toml.read_text().replace("[data]", 'rule = "units:RULE"\n[data]', 1))
+        clinic = make(folder)
+        assert {piece.path.name for piece in Survey.of(config_of(clinic)).files} == {
+            "net.py", "units.py"
+        }  # fmt: skip
+        assert "rule 'units:RULE'" in check(clinic).output
+        registry._rules[:] = registry.RULES
+        Survey.of(config_of(clinic)).approve()
+        build_workplace(config_of(clinic))
+        assert [rule.model_types for rule in registry.registered()] == [("Nobody",)]
+        change(clinic, "units:RULE", "units:make")
+        build_workplace(config_of(clinic))
+        assert len(registry.registered()) == 1
+        change(clinic, "units:make", "net:build")
+        with pytest.raises(ConfigurationError, match="as a rule is none"):
+            build_workplace(config_of(clinic))
+        change(clinic, "net:build", "units:make")
+        canary = tmp_path / "canary"
+        spoil(clinic / "units.py", canary)
         with pytest.raises(ConfigurationError, match="changed since"):
             build_workplace(config_of(clinic))
         assert not canary.exists()

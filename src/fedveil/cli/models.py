@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedveil.cli import Debug, app, complain, say, wide_console
-from fedveil.errors import ConfigurationError
+from fedveil.errors import ConfigurationError, UnknownArchitectureError
 from fedveil.screen import PlainConsole
 
 TextColumn = Annotated[str, typer.Option("--text", help="The column of texts.")]
@@ -40,7 +40,8 @@ def units(
 ) -> None:
     """Show which units of a model a proxy can withhold.
 
-    MODEL is a folder, a name on the hub, "module:function", or a configuration file.
+    MODEL is a folder, a name on the hub, "module:function", or a configuration file. The units are
+    tried: the model is run, to see that nothing of a withheld unit is left.
 
     [bold]Examples[/bold]
 
@@ -52,17 +53,38 @@ def units(
     """
     from fedveil.config.file import load_config
     from fedveil.config.models import load_untouched
+    from fedveil.config.rules import register_named_rule
     from fedveil.report.describe import unit_table
     from fedveil.state import read_state
-    from fedveil.units import find_units
+    from fedveil.units import find_units, tried_units
+    from fedveil.units.trial import UntriedError
 
-    name, folder = model, Path.cwd()
+    name, folder, withholds = model, Path.cwd(), True
     if model.endswith(".toml"):
         config = load_config(model)
         name, folder = config.model.name, config.path.parent
+        facts = config.scheme.facts()
+        withholds = bool(facts.server_mask or facts.client_mask)
         choice = choice or getattr(config.scheme, "units", None)
-    owned = load_untouched(name, folder)
-    wide_console().print(unit_table(read_state(owned), find_units(owned, choice or "mlp")))
+        register_named_rule(config)
+    owned, wanted = load_untouched(name, folder), choice or "mlp"
+    try:
+        groups = find_units(owned, wanted)
+    except UnknownArchitectureError as error:
+        if withholds:
+            raise
+        why = f"No units are known ({error.problem}), and none are needed"
+        say(wide_console(), f"{why}: this file withholds none.")
+        return
+    wide_console().print(unit_table(read_state(owned), groups))
+    try:
+        tried_units(owned, wanted)
+        say(
+            wide_console(),
+            "Tried on the model: nothing of a withheld unit is left in what is sent.",
+        )
+    except UntriedError as error:
+        complain("Not tried", f"{error.found}. A run tries them with its data.")
 
 
 @app.command()

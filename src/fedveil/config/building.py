@@ -12,6 +12,7 @@ from fedveil.config.code import Approved
 from fedveil.config.file import Config
 from fedveil.config.models import load_model, load_pair
 from fedveil.config.names import find_function
+from fedveil.config.rules import register_named_rule
 from fedveil.config.sources import load_rows, load_test
 from fedveil.config.tokenizers import (
     agree,
@@ -69,6 +70,7 @@ def build(config: Config, *, observer: Observer | None = None) -> Federation:
             where=str(config.path),
             fix="A client's SuperNode reads it.",
         )
+    register_named_rule(config)
     rows = load_rows(config)
     seed, secret = config.federation.seed, open_secret(config)
     model, public, fresh = _models(config, rows.names, secret)
@@ -156,6 +158,7 @@ def build_workplace(config: Config) -> Workplace:
         FedveilError: Data or architecture cannot be found or do not fit together.
     """
     partner, approved = config.whose(), Approved(config)
+    register_named_rule(config, approved)
     rows, folder = load_rows(config), config.path.parent
     # Weights are read only where clients hold them, too.
     hold = config.scheme.clients_hold_rest

@@ -115,7 +115,7 @@ def code_of(config: Config) -> Code:
 
 
 def _named(config: Config) -> Iterable[str]:
-    for name in (config.model.name, config.data.transform):
+    for name in (config.model.name, config.data.transform, config.model.rule):
         if name is not None and is_function(name):
             yield name
 
@@ -246,13 +246,24 @@ class Approved:
             self._check(Approvals.of(folder))
 
     def function(self, name: str) -> Callable[..., Any]:
-        """The function that "module:function" names.
+        """The function that "module:function" names; see :meth:`named`.
+
+        Raises:
+            ConfigurationError: As there; or it is no function.
+        """
+        function = self.named(name)
+        if not callable(function):
+            raise ConfigurationError("A name in a file is that of no function", where=name)
+        return function
+
+    def named(self, name: str) -> object:
+        """What "module:NAME" names.
 
         A file is not looked up as a module: its approved bytes are compiled and run, and the folder
         it lies in is on no path. Other files beside it are found by nobody.
 
         Raises:
-            ConfigurationError: It is none of those that were approved, or cannot be imported.
+            ConfigurationError: It is nothing that was approved, or cannot be imported.
         """
         module_name, _, function_name = name.partition(":")
         piece = self._code.files.get(f"{module_name}.py")
@@ -267,13 +278,13 @@ class Approved:
                 where=name,
                 fix="A file of the owner's can import what is installed, and no other file.",
             ) from error
-        function = getattr(module, function_name, None)
-        if not callable(function):
+        named: object = getattr(module, function_name, None)
+        if named is None:
             raise ConfigurationError(
                 f"The module has no function {function_name!r}",
                 where=str(getattr(module, "__file__", module_name)),
             )
-        return function  # type: ignore[no-any-return]
+        return named
 
     def _run(self, piece: Piece) -> ModuleType:
         """The module that a file makes, run once."""

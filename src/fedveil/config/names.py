@@ -14,7 +14,7 @@ from torch import nn
 
 from fedveil.errors import ConfigurationError, FedveilError
 
-__all__ = ["explained", "find_function", "made_by", "place_of"]
+__all__ = ["explained", "find_function", "find_named", "made_by", "place_of"]
 
 
 def find_function(name: str, folder: Path) -> Callable[..., Any]:
@@ -23,7 +23,19 @@ def find_function(name: str, folder: Path) -> Callable[..., Any]:
     Raises:
         ConfigurationError: There is none.
     """
-    module_name, _, function_name = name.partition(":")
+    function: object = find_named(name, folder)
+    if not callable(function):
+        raise ConfigurationError("A name in a file is that of no function", where=name)
+    return function
+
+
+def find_named(name: str, folder: Path) -> Any:
+    """What "module:NAME" names, from an installed module or one in ``folder``.
+
+    Raises:
+        ConfigurationError: There is nothing of that name.
+    """
+    module_name, _, attribute = name.partition(":")
     # At the end, so that no file beside the configuration hides an installed module; and for good,
     # as client processes import it again.
     if str(folder) not in sys.path:
@@ -37,12 +49,12 @@ def find_function(name: str, folder: Path) -> Callable[..., Any]:
             where=name,
             fix=f"It must be installed, or lie in {folder}.",
         ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
+    named = getattr(module, attribute, None)
+    if named is None:
         raise ConfigurationError(
-            f"The module has no function {function_name!r}", where=str(module.__file__)
+            f"The module has no function {attribute!r}", where=str(module.__file__)
         )
-    return function  # type: ignore[no-any-return]
+    return named
 
 
 def place_of(name: str, folder: Path) -> str:

@@ -57,6 +57,8 @@ class ModelTable(Table):
         new_head: Replace a classification head of another size by a new one.
         lora: Settings of ``peft.LoraConfig``: adds an adapter, which alone is trained.
         adapter: A folder with an adapter that PEFT saved, to go on training instead of a new one.
+        rule: "module:RULE": a :class:`fedveil.units.Rule`, or a function that returns one, for a
+            model whose units are not known. Only what withholds units needs it.
     """
 
     name: Word
@@ -67,6 +69,7 @@ class ModelTable(Table):
     new_head: bool = False
     lora: dict[str, Any] | None = None
     adapter: Word | None = None
+    rule: Word | None = None
 
 
 class DataTable(Table):

@@ -87,7 +87,7 @@ def given_to_clients(config: Config) -> list[str]:
             f"Clients are given the tokenizer {name}, with its whole vocabulary: they cannot read "
             "texts without it. If that tells of your data, train with a public tokenizer."
         )
-    for code in dict.fromkeys((released, config.data.transform)):
+    for code in dict.fromkeys((released, config.data.transform, config.model.rule)):
         if code is not None and is_function(code):
             module = f"{code.partition(':')[0]}.py"
             if (config.path.parent / module).is_file():

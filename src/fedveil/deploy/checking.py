@@ -128,7 +128,7 @@ def _settings(config: Config) -> Iterator[str]:
     """The settings that decide what is loaded, and how clients train."""
     model = config.model
     yield f"model {model.name!r}"
-    for key in ("tokenizer", "adapter", "lora"):
+    for key in ("tokenizer", "adapter", "lora", "rule"):
         if (value := getattr(model, key)) is not None:
             yield f"{key} {value!r}"
     if config.data.transform is not None:

@@ -193,7 +193,8 @@ def _write_partner(
 
 def _modules(config: Config) -> set[Path]:
     """Files of code that a client's settings name; other functions are of installed packages."""
-    names = [name for name in (_released(config), config.data.transform) if name is not None]
+    given = (_released(config), config.data.transform, config.model.rule)
+    names = [name for name in given if name is not None]
     files = (f"{name.partition(':')[0]}.py" for name in names if is_function(name))
     return {config.path.parent / file for file in files if (config.path.parent / file).is_file()}
 
@@ -256,6 +257,8 @@ def _partner_file(config: Config, released: nn.Module, name: str) -> str:
             model["lora"]["modules_to_save"] = whole
     if config.scheme.clients_hold_rest and (config.model.new_head or config.model.public):
         model["new_head"] = True
+    if config.model.rule is not None:
+        model["rule"] = config.model.rule
     if config.model.dtype != "float32":
         model["dtype"] = config.model.dtype
     data = {key: value for key, value in config.data.model_dump().items() if key in _DATA}

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -33,6 +34,8 @@ from fedveil.schemes import ClientSide, Scheme
 from fedveil.state import architecture_of
 from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
 from fedveil.training.modes import on_device
+from fedveil.units import Rule, register_rule
+from fedveil.units.registry import registered
 from fedveil.wire import Message
 
 __all__ = [
@@ -54,6 +57,7 @@ class Workplace:
     ``architecture`` is a model whose weights were wiped; ``test`` is the owner's test set, lent to
     measure proxies in an experiment (real clients do not have it). ``memories`` is what clients
     keep for themselves between rounds, if they do. ``device`` is where proxies are measured.
+    ``rules`` are those for units that were registered here: worker processes need them, too.
     """
 
     architecture: nn.Module
@@ -63,6 +67,13 @@ class Workplace:
     test: Prepared | None
     memories: ClientFiles | None = None
     device: str | None = None
+    rules: tuple[Rule, ...] = field(default_factory=registered)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process: what was registered here is registered there."""
+        self.__dict__.update(state)
+        for rule in self.rules:
+            register_rule(rule)
 
     @cached_property
     def beginning(self) -> Beginning:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import nn
 
 from fedveil.errors import ConfigurationError, DataError, FedveilError
 from fedveil.training import Dataset, Prepared, Task, Trainer, Training
+from fedveil.training.tasks import to_device
+from fedveil.units.trial import Run
 
-__all__ = ["Remote", "Rows", "check_names", "name_clients", "prepared", "trainer_of"]
+__all__ = ["Remote", "Rows", "check_names", "name_clients", "prepared", "run_on", "trainer_of"]
 
 Rows = Dataset | Prepared
 """A data set, or what ``task.prepare`` made of one: to encode it once for several federations."""
+
+_FEW = 4
+"""Rows that a model is tried on."""
 
 _CLIENT_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -64,6 +72,20 @@ def prepared(who: str, task: Task, data: Rows) -> Prepared:
 def trainer_of(name: str, task: Task, data: Rows, training: Training) -> Trainer:
     """What trains on a client's data."""
     return Trainer(task, prepared(f"client {name}", task, data), training)
+
+
+def run_on(task: Task, data: Iterable[Prepared | None]) -> Run | None:
+    """What runs a model on some rows of the first data there are, as training would."""
+    rows = next((some for some in data if some is not None and len(some)), None)
+    if rows is None:
+        return None
+    few = rows.select(range(min(len(rows), _FEW)))
+
+    def run(model: nn.Module) -> object:
+        device = next((one.device for one in model.parameters()), torch.device("cpu"))
+        return task.loss(model, to_device(task.collate(few), device))
+
+    return run
 
 
 def _name_culprit(who: str, error: FedveilError) -> FedveilError:

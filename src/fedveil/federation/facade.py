@@ -19,7 +19,15 @@ from fedveil.engine.in_process import Workplace, bare_architecture, workers
 from fedveil.engine.memory import ClientFiles
 from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import AuditError, ConfigurationError
-from fedveil.federation.clients import Remote, Rows, check_names, name_clients, prepared, trainer_of
+from fedveil.federation.clients import (
+    Remote,
+    Rows,
+    check_names,
+    name_clients,
+    prepared,
+    run_on,
+    trainer_of,
+)
 from fedveil.federation.owner import Judge, Tuner, Tuning
 from fedveil.federation.preflight import Preflight
 from fedveil.federation.settings import (
@@ -228,6 +236,8 @@ class Federation:
         check_stated(model, task, {**named, "the test set": test, "the owner's data": owner})
         check_read(task, {name: trainer.data for name, trainer in self._trainers.items()})
         self.likeness = self._read_likeness()
+        at_hand = (self._test, self._owner, *(one.data for one in self._trainers.values()))
+        self.scheme.check(self.released, run_on(task, at_hand))
         self._server()  # says now what it cannot work with
         self._is_own, self._fingerprint = copy, fingerprint(self._model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -41,12 +42,21 @@ def unit_table(state: Mapping[str, Tensor], groups: Sequence[UnitGroup]) -> Tabl
     cut = _cut_numbers(groups, state)
     caption = (
         f"{cut:,} of {whole:,} numbers ({100 * cut / max(whole, 1):.1f} %) belong to units and can "
-        "be withheld; all others are sent to every client.\nA unit is withheld whole: its slice "
+        "be withheld; all others are sent to every client.\n"
+        f"{_sent_whole(groups, state)}A unit is withheld whole: its slice "
         "of each tensor listed, along the axis in brackets (… stands for what the group's name "
         "begins with)."
     )
     numeric = ("Units", "Numbers\nper unit")
     return _table(("Group", "Kind", *numeric, "Tensors"), rows, numeric, caption)
+
+
+def _sent_whole(groups: Sequence[UnitGroup], state: Mapping[str, Tensor]) -> str:
+    """A line on the weights that no group cuts, layers of one kind together."""
+    cut = {part.tensor for group in groups for part in group.slices}
+    names = (name for name, tensor in state.items() if name not in cut and tensor.dim() > 1)
+    kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    return f"Weights that no unit has a part of: {', '.join(kinds)}.\n" if kinds else ""
 
 
 def message_table(message: Message, size: int) -> Table:

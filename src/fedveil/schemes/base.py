@@ -16,6 +16,7 @@ from fedveil.secret import Secret
 from fedveil.state import StateDict, read_state
 from fedveil.units import UnitGroup
 from fedveil.units.ties import refuse_overlaps
+from fedveil.units.trial import Run
 from fedveil.wire import Message
 
 __all__ = [
@@ -210,6 +211,17 @@ class Scheme(ABC):
         """
         refuse_overlaps(model)
         return read_state(model)
+
+    def check(self, model: nn.Module, run: Run | None = None) -> None:  # noqa: B027  may stay so
+        """Raise if the scheme cannot work with a model; by default it can with any.
+
+        :meth:`server` finds out as well. Who has data says with ``run`` how the model is run on an
+        example, for a scheme that has to see it at work.
+
+        Raises:
+            ConfigurationError: It cannot.
+            UnknownArchitectureError: It would have to know the model's units.
+        """
 
     def facts(self) -> Facts:
         """What is true of every release, for an audit to check; by default nothing is stated.

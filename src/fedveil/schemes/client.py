@@ -191,6 +191,8 @@ class ProxyClient:
 
     def _groups(self, message: Message, model: nn.Module, own: StateDict) -> Sequence[UnitGroup]:
         """The model's unit groups, less those that the server does not cut."""
+        if not any(name.startswith(UNIT_PREFIX) for name in message.sections):
+            return []  # nothing is withheld: the model need not have any
         shapes = [(name, tensor.shape) for name, tensor in own.items()]
         known = _KNOWN.get(model)
         if known is None or known[0] is not self.find_groups or known[1] != shapes:

@@ -37,7 +37,8 @@ from fedveil.schemes.registry import register_scheme
 from fedveil.secret import Secret
 from fedveil.selection import Selection
 from fedveil.state import StateDict
-from fedveil.units import UnitGroup, find_units, validate
+from fedveil.units import UnitGroup, find_units, tried_units, units_if_known, validate
+from fedveil.units.trial import Run
 from fedveil.updates import SMALL, UpdateCodec, Updates, check_bits, check_error_feedback
 from fedveil.wire import Dense, Gathered, Message, Section, Sections, UnitIndex
 
@@ -203,6 +204,19 @@ class FedQSN(Scheme):
             exact_below=SMALL,
         )
 
+    def check(self, model: nn.Module, run: Run | None = None) -> None:
+        """See :meth:`Scheme.check`: whether its units are known, and are units."""
+        self.groups_of(model, run)
+
+    def groups_of(self, model: nn.Module, run: Run | None = None) -> tuple[UnitGroup, ...]:
+        """The unit groups that masks cut, tried on the model itself.
+
+        Where both rates are 0 nothing is withheld, so that a model need not have any.
+        """
+        if self.server_mask or self.client_mask:
+            return tried_units(model, self.units, run)
+        return units_if_known(model, self.units)
+
     def server(self, model: nn.Module, secret: Secret) -> FedQSNServer:
         """See :meth:`Scheme.server`."""
         return FedQSNServer(self, model, secret)
@@ -229,7 +243,7 @@ class FedQSNServer:
     def __init__(self, scheme: FedQSN, model: nn.Module, secret: Secret) -> None:
         self._scheme, self._global = scheme, GlobalModel(scheme.tensors(model), frozen_names(model))
         check_train_only(scheme.train_only, self._global.tensors)
-        self._groups = find_units(model, scheme.units)
+        self._groups = scheme.groups_of(model)
         validate(self._groups, model.state_dict())
         self._masks = Masks(self._groups, scheme.masking, secret)
         self._ledger = RoundLedger[_Proxy](scheme.name)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
 from fedveil.units.group import Slice
-from fedveil.units.layers import input_slice, output_slices, tensors_of, unit_width
+from fedveil.units.layers import bare_slices, input_slice, output_slices, tensors_of, unit_width
 
 __all__ = [
     "cut_inputs",
@@ -63,7 +63,7 @@ _INPUT_PROMPTS = ("PromptEmbedding", "PromptEncoder", "MultitaskPromptEmbedding"
 
 
 def cut_outputs(
-    name: str, modules: Modules, state: State, size: int, fused: int = 1
+    name: str, modules: Modules, state: State, size: int, fused: int | Sequence[int] = 1
 ) -> tuple[Slice, ...]:
     """Slices for all that a layer, and an adapter on it, hold per output position.
 
@@ -72,7 +72,7 @@ def cut_outputs(
         modules: all modules of the model by name.
         state: the model's state_dict.
         size: the number of units; the output axis holds `fused` runs of them.
-        fused: the number of equal parts of the output axis.
+        fused: the number of equal parts of the output axis, or their sizes next to each other.
 
     Raises:
         ConfigurationError: the layer has an adapter that is not known to be cut right, or a layout
@@ -86,8 +86,7 @@ def cut_outputs(
     ]
     for key in beside:
         if _part(key) in ("lora_B", "lora_embedding_B"):
-            width = unit_width(key, state[key], 0, size * fused)
-            slices += (Slice(key, 0, width, part * size * width) for part in range(fused))
+            slices += bare_slices(key, 0, state, size, fused)
     return tuple(slices)
 
 

@@ -13,6 +13,8 @@ from fedveil.units.match import Anatomy, apply_rule
 from fedveil.units.plain import plain_groups
 from fedveil.units.registry import rule_for
 from fedveil.units.rule import Rule
+from fedveil.units.table import RULES
+from fedveil.units.trial import Run, try_units
 from fedveil.units.unknown import unknown_architecture
 
 CHOICES = {
@@ -81,16 +83,60 @@ def find_units(
     return tuple(groups)
 
 
+def tried_units(
+    model: nn.Module, choice: str = "neurons", run: Run | None = None, *, rule: Rule | None = None
+) -> tuple[UnitGroup, ...]:
+    """Find the units of a model, and run it to see that they are units.
+
+    Args:
+        model: as for :func:`find_units`, with its weights.
+        choice: likewise.
+        run: runs the model on an example; see :func:`fedveil.units.trial.try_units`.
+        rule: as for :func:`find_units`.
+
+    Raises:
+        ConfigurationError: as :func:`find_units`; or what was found is not all of a unit, or of
+            something else, or there is nothing to run the model with.
+        UnknownArchitectureError: as :func:`find_units`.
+    """
+    groups = find_units(model, choice, rule=rule)
+    rules = [rule] if rule is not None else [known for _, _, known in _served(model)]
+    try_units(model, groups, run, shared=[name for known in rules for name in known.shared])
+    return groups
+
+
+def units_if_known(model: nn.Module, choice: str) -> tuple[UnitGroup, ...]:
+    """The units of a model that anybody's fedveil finds without being told; else none.
+
+    For who withholds nothing: it is then of no account whether they are right.
+    """
+    try:
+        served = list(_served(model))
+        own = any(rule not in RULES for _, _, rule in served)
+        return () if own else find_units(model, choice)
+    except (UnknownArchitectureError, ConfigurationError):
+        return ()
+
+
 def _served(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, Rule]]:
     """The outermost modules that a rule serves, with their names."""
     rule = rule_for({_label(model), type(model).__name__})
     if rule is not None:
         yield name, model, rule
-    elif _model_type(model):
+        return
+    inside = [
+        found
+        for child, module in model.named_children()
+        for found in _served(module, f"{name}.{child}" if name else child)
+    ]
+    yield from inside
+    if not inside and not name and _has_model_type(model):
         raise unknown_architecture(model, _label(model), "no rule serves this model type")
-    else:
-        for child, module in model.named_children():
-            yield from _served(module, f"{name}.{child}" if name else child)
+
+
+def _has_model_type(model: nn.Module) -> bool:
+    """Whether a model, or one that it wraps, is of a family, so that tracing would be a guess."""
+    return any(_model_type(module) for module in model.modules())
 
 
 def _model_type(model: nn.Module) -> str:

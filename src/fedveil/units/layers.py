@@ -15,7 +15,7 @@ Biases and running statistics are [out].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -71,7 +71,11 @@ def is_readable(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def output_slices(
-    name: str, module: nn.Module | None, state: Mapping[str, Tensor], size: int, fused: int = 1
+    name: str,
+    module: nn.Module | None,
+    state: Mapping[str, Tensor],
+    size: int,
+    fused: int | Sequence[int] = 1,
 ) -> tuple[Slice, ...]:
     """Slices for all that a layer holds per output position.
 
@@ -80,7 +84,7 @@ def output_slices(
         module: the layer; None for a bare parameter.
         state: the model's state_dict.
         size: the number of units; the output axis holds `fused` runs of them.
-        fused: the number of equal parts of the output axis.
+        fused: the number of equal parts of the output axis, or their sizes next to each other.
 
     Raises:
         ConfigurationError: a layout is not known, or the axis does not fall into `size` units.
@@ -94,8 +98,7 @@ def output_slices(
         if leaf not in _SHARED:
             key = f"{name}.{leaf}" if leaf else name
             cut = axis if leaf in ("", "weight") else 0
-            width = unit_width(key, tensor, cut, size * fused)
-            slices += (Slice(key, cut, width, part * size * width) for part in range(fused))
+            slices += _parts(key, tensor, cut, size, fused)
     return tuple(slices)
 
 
@@ -113,6 +116,33 @@ def input_slice(
         raise _unreadable(name, module, tensors)
     width = unit_width(f"{name}.weight", state[f"{name}.weight"], axis, size)
     return Slice(f"{name}.weight", axis, width, scaled=True)
+
+
+def bare_slices(
+    name: str, axis: int, state: Mapping[str, Tensor], size: int, fused: int | Sequence[int] = 1
+) -> tuple[Slice, ...]:
+    """Slices of one bare tensor along an axis that a rule names; see :func:`output_slices`."""
+    return tuple(_parts(name, state[name], axis, size, fused))
+
+
+def _parts(
+    name: str, tensor: Tensor, axis: int, size: int, fused: int | Sequence[int]
+) -> Iterator[Slice]:
+    """The slices of the parts that an axis falls into, which follow one another."""
+    shares = [1] * fused if isinstance(fused, int) else list(fused)
+    least = min(shares)
+    if any(share % least for share in shares):
+        raise ConfigurationError(
+            "the parts of a layer do not fall into the same units",
+            expected="sizes that are multiples of the least",
+            found=str(shares),
+            where=name,
+        )
+    whole = sum(share // least for share in shares)
+    width, offset = unit_width(name, tensor, axis, size * whole), 0
+    for share in shares:
+        yield Slice(name, axis, width * (share // least), offset)
+        offset += size * width * (share // least)
 
 
 def unit_width(name: str, tensor: Tensor, axis: int, count: int) -> int:

@@ -16,7 +16,7 @@ from fedveil.units.adapters import (
     refuse_prompts,
 )
 from fedveil.units.group import Slice, UnitGroup
-from fedveil.units.layers import output_axis, unit_width
+from fedveil.units.layers import bare_slices, output_axis, unit_width
 from fedveil.units.rule import Pattern, Rule
 from fedveil.units.ties import copies, tied_names
 
@@ -84,10 +84,11 @@ def _blocks(pattern: Pattern, anatomy: Anatomy, scope: str) -> list[str]:
     for name, module in anatomy.modules.items():
         inside = not scope or name == scope or name.startswith(f"{scope}.")
         if inside and pattern.matches(name):
-            if anatomy.has(_join(name, pattern.outputs[0])):
+            first = pattern.outputs[0].partition("@")[0]
+            if anatomy.has(_join(name, first)):
                 blocks.setdefault(id(module), name)
             elif pattern.block:
-                refuse_hidden(name, pattern.outputs[0], anatomy.modules)
+                refuse_hidden(name, first, anatomy.modules)
     return list(blocks.values())
 
 
@@ -95,15 +96,18 @@ def _group(pattern: Pattern, block: str, anatomy: Anatomy, config: object) -> Un
     """One block's group, or None if it cannot be cut without cutting a head tied to it."""
     modules, state = anatomy.modules, anatomy.state
     outputs, inputs = (
-        [_present(_join(block, name), anatomy) for name in names]
-        for names in (pattern.outputs, pattern.inputs)
+        _layers(names, block, anatomy) for names in (pattern.outputs, pattern.inputs)
     )
-    size = _size(pattern, plain_layer(outputs[0], modules, state), anatomy, config)
-    cuts = [cut_outputs(name, modules, state, size, pattern.fused) for name in outputs]
+    if pattern.inputs and not inputs:
+        return None
+    first = outputs[0] if "@" in outputs[0] else plain_layer(outputs[0], modules, state)
+    size = _size(pattern, first, anatomy, config)
+    fused = _shares(pattern, config)
+    cuts = [_outputs(name, anatomy, size, fused) for name in outputs]
     if pattern.kind == "columns":
         cuts = _scale(cuts, anatomy)
     slices = [cut for layer in cuts for cut in layer]
-    slices += (cut for name in inputs for cut in cut_inputs(name, modules, state, size))
+    slices += (cut for name in inputs for cut in _inputs(name, anatomy, size))
     refuse_prompts(pattern.kind, slices, modules)
     everywhere = _under_all_names(slices, anatomy)
     if everywhere is None:
@@ -144,29 +148,77 @@ def _under_all_names(slices: list[Slice], anatomy: Anatomy) -> tuple[Slice, ...]
 
 
 def _size(pattern: Pattern, first: str, anatomy: Anatomy, config: object) -> int:
-    units = pattern.units
-    if isinstance(units, str):
-        units = getattr(config, units, None)
-        if not isinstance(units, int):
-            raise ConfigurationError(
-                "the number of units is not in the model's config",
-                expected=f"an integer {pattern.units!r}",
-                found=repr(units),
-                where=first,
-            )
-    if units is not None:
-        return units
+    if pattern.units is not None:
+        return _number(pattern.units, first, config)
+    tensor, number = _bare(first)
+    if number is not None:
+        return unit_width(first, anatomy.state[tensor], number, len(_shares(pattern, config)))
     module = anatomy.modules.get(first)
     weight = anatomy.state.get(f"{first}.weight", anatomy.state.get(first))
     axis = output_axis(module) if module is not None else -1
     if weight is None or axis is None:
         # Not a layer whose layout is known: output_slices says so by name.
         return 1
-    return unit_width(first, weight, axis % weight.dim(), pattern.fused)
+    return unit_width(first, weight, axis % weight.dim(), len(_shares(pattern, config)))
+
+
+def _shares(pattern: Pattern, config: object) -> list[int]:
+    """The sizes of the parts that the output axis falls into, next to each other."""
+    if isinstance(pattern.fused, int):
+        return [1] * pattern.fused
+    return [_number(one, pattern.outputs[0], config) for one in pattern.fused]
+
+
+def _number(units: str | int, where: str, config: object) -> int:
+    """A number that a pattern gives, or names by what the config calls it."""
+    value = getattr(config, units, None) if isinstance(units, str) else units
+    if not isinstance(value, int):
+        raise ConfigurationError(
+            "the number of units is not in the model's config",
+            expected=f"an integer {units!r}",
+            found=repr(value),
+            where=where,
+        )
+    return value
+
+
+def _bare(name: str) -> tuple[str, int | None]:
+    """A bare parameter and the axis that a rule cuts, of "name@axis"; None for a layer."""
+    tensor, _, axis = name.partition("@")
+    return tensor, int(axis) if axis else None
+
+
+def _outputs(name: str, anatomy: Anatomy, size: int, fused: list[int]) -> tuple[Slice, ...]:
+    """Slices of a layer, or of a bare parameter along the axis that its name gives."""
+    tensor, axis = _bare(name)
+    if axis is None:
+        return cut_outputs(name, anatomy.modules, anatomy.state, size, fused)
+    plain = plain_layer(tensor, anatomy.modules, anatomy.state)
+    return bare_slices(plain, axis, anatomy.state, size, fused)
+
+
+def _inputs(name: str, anatomy: Anatomy, size: int) -> tuple[Slice, ...]:
+    """The same of what reads the units."""
+    tensor, axis = _bare(name)
+    if axis is None:
+        return cut_inputs(name, anatomy.modules, anatomy.state, size)
+    plain = plain_layer(tensor, anatomy.modules, anatomy.state)
+    read = bare_slices(plain, axis, anatomy.state, size)
+    return tuple(replace(cut, scaled=True) for cut in read)
+
+
+def _layers(names: Collection[str], block: str, anatomy: Anatomy) -> list[str]:
+    """The layers that a rule names in a block; those of "name?" only where the block has them."""
+    wanted = (
+        _join(block, name.removesuffix("?"))
+        for name in names
+        if not name.endswith("?") or anatomy.has(_join(block, name.removesuffix("?")))
+    )
+    return [_present(name, anatomy) for name in wanted]
 
 
 def _present(name: str, anatomy: Anatomy) -> str:
-    if not anatomy.has(name):
+    if not anatomy.has(name.partition("@")[0]):
         raise ConfigurationError(
             "a block lacks a layer that its rule names", expected=f"a layer {name!r}", where=name
         )

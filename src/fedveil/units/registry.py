@@ -13,7 +13,12 @@ _rules: list[Rule] = list(RULES)
 
 def register_rule(rule: Rule) -> None:
     """Make a rule known to this process; later rules win over earlier ones and over the table."""
-    _rules.append(rule)
+    _rules[:] = [*(known for known in _rules if known != rule), rule]
+
+
+def registered() -> tuple[Rule, ...]:
+    """The rules that were registered in this process, oldest first: another process needs them."""
+    return tuple(rule for rule in _rules if rule not in RULES)
 
 
 def rule_for(labels: Iterable[str]) -> Rule | None:

@@ -20,14 +20,17 @@ class Pattern:
         kind: "columns", "neurons", "heads" or "channels".
         outputs: layers (or bare parameters, cut along their last axis) whose OUTPUT positions
             belong to the units: weight rows, biases, norm entries. A block is a match if it holds
-            the first of them; it must then hold all.
+            the first of them; it must then hold all, but for those with a "?" behind their name.
+            "name@1" is a bare parameter that is cut along axis 1.
         inputs: layers whose INPUT positions read the units. Their biases are not part of a unit.
+            Where a block has none of them, as all have a "?", it has no such units.
         block: the module that holds the layers, with any prefix; "*" stands for a layer number.
             "" matches every module that holds the first output.
         units: how many units: a number, the name of a config attribute, or None for one unit per
             output position of the first output.
         fused: into how many equal parts the output axis falls, each with all units in order
-            (3 for a fused query-key-value layer).
+            (3 for a fused query-key-value layer); or the parts' sizes next to each other, as
+            numbers or names of config attributes.
         name: ends the group's name; by default "mlp", "heads", or the first output.
         optional: True if some models of the family lack such a block.
     """
@@ -37,7 +40,7 @@ class Pattern:
     inputs: tuple[str, ...] = ()
     block: str = ""
     units: str | int | None = None
-    fused: int = 1
+    fused: int | tuple[str | int, ...] = 1
     name: str = ""
     optional: bool = False
 
@@ -81,16 +84,20 @@ class Rule:
     Attributes:
         model_types: what it serves: values of `model.config.model_type`, or class names of models.
         patterns: the unit groups of all choices; a choice takes those of its kinds.
+        shared: parts of the names of tensors that hold something of each unit, but for several
+            groups together, so that no group can withhold it: released whole, and no fault of the
+            rule. A bias of positions with one number per head that all layers add, for instance.
     """
 
     model_types: tuple[str, ...]
     patterns: tuple[Pattern, ...]
+    shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        given: tuple[object, object] = (self.model_types, self.patterns)
+        given: tuple[object, ...] = (self.model_types, self.patterns, self.shared)
         if not all(isinstance(value, tuple) for value in given):
             raise ConfigurationError(
-                "a rule's model_types and patterns are tuples",
+                "a rule's model_types, patterns and shared are tuples",
                 expected='Rule(model_types=("my_model",), patterns=(Pattern(...),))',
                 found=f"model_types={self.model_types!r}",
             )

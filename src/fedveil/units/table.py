@@ -10,6 +10,8 @@ and belong to no unit. Embedding columns of a tied embedding are skipped by `fed
 from __future__ import annotations
 
 from fedveil.units.rule import Pattern, Rule
+from fedveil.units.table_text import TEXT_RULES
+from fedveil.units.table_vision import VISION_RULES
 
 _BERT = Rule(
     model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
@@ -75,7 +77,19 @@ _GPT2 = Rule(
 )
 
 _LLAMA = Rule(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "smollm3"),
+    model_types=(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "cohere",
+        "granite",
+        "olmo",
+    ),
     patterns=(
         Pattern("columns", ("embed_tokens",)),
         Pattern("columns", ("self_attn.o_proj",), block="layers.*"),
@@ -94,10 +108,11 @@ _LLAMA = Rule(
 )
 
 _T5 = Rule(
-    model_types=("t5",),
+    model_types=("t5", "mt5", "longt5"),
     patterns=(
         Pattern("columns", ("shared",)),
         Pattern("columns", ("SelfAttention.o",), block="block.*.layer.*"),
+        Pattern("columns", ("LocalSelfAttention.o",), block="block.*.layer.*", optional=True),
         Pattern("columns", ("EncDecAttention.o",), block="block.*.layer.*", optional=True),
         Pattern("columns", ("DenseReluDense.wo",), block="block.*.layer.*"),
         # relative_attention_bias sits in block 0 but serves head h of every block: not cut.
@@ -107,6 +122,14 @@ _T5 = Rule(
             ("SelfAttention.o",),
             block="block.*.layer.*",
             units="num_attention_heads",
+        ),
+        Pattern(
+            "heads",
+            ("LocalSelfAttention.q", "LocalSelfAttention.k", "LocalSelfAttention.v"),
+            ("LocalSelfAttention.o",),
+            block="block.*.layer.*",
+            units="num_attention_heads",
+            optional=True,
         ),
         Pattern(
             "heads",
@@ -131,6 +154,7 @@ _T5 = Rule(
             optional=True,
         ),
     ),
+    shared=("relative_attention_bias",),
 )
 
 _VIT = Rule(
@@ -154,4 +178,4 @@ _VIT = Rule(
     ),
 )
 
-RULES = (_BERT, _DISTILBERT, _GPT2, _LLAMA, _T5, _VIT)
+RULES = (_BERT, _DISTILBERT, _GPT2, _LLAMA, _T5, _VIT, *TEXT_RULES, *VISION_RULES)
