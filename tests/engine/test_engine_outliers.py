@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from active_samples import run_with, times
+from engine_samples import run_with, times
 
 import toys
 from fedveil import Bounds, FedAvg
@@ -13,7 +13,7 @@ USUAL = dict.fromkeys("abcd", 1.0)
 
 
 @pytest.mark.parametrize(
-    "first, last, lengths, words",
+    ("first", "last", "lengths", "words"),
     [
         ({"a": 9.0}, {}, {}, "begins at a loss of 9 nats, where others have 1"),
         ({}, {"a": 9.0}, {}, "ends at a loss of 9"),
@@ -28,7 +28,7 @@ def test_who_stands_out_is_named_alone(first, last, lengths, words):
 
 
 @pytest.mark.parametrize(
-    "first, lengths",
+    ("first", "lengths"),
     [({"a": 2.5}, {}), ({"a": 0.01}, {}), ({}, {"a": 0.2}), ({}, {"a": 0.0}), ({}, {"a": 50.0})],
 )
 def test_what_is_usual_or_told_of_elsewhere_is_not(first, lengths):

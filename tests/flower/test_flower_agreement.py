@@ -74,8 +74,8 @@ def test_no_value_travels():
 
 
 @pytest.mark.parametrize(
-    "name, value",
-    [("learning_rate", 0.1), ("frozen", ("x",)), ("steps", 7), ("batch_size", 5),
+    ("name", "value"),
+    [("learning_rate", 0.2), ("frozen", ("x",)), ("steps", 7), ("batch_size", 5),
      ("optimizer", "adamw"), ("weight_decay", 0.5), ("own_classes", True),
      ("max_grad_norm", None)],
 )  # fmt: skip
@@ -85,7 +85,7 @@ def test_every_setting_that_changes_a_result_is_compared(name, value):
         check_agreement(packed(settings(run)), settings(run, **{name: value}))
 
 
-@pytest.mark.parametrize("name, value", [("device", "cpu"), ("gradient_accumulation_steps", 2)])
+@pytest.mark.parametrize(("name", "value"), [("device", "cpu"), ("gradient_accumulation_steps", 2)])
 def test_what_is_each_machines_own_is_not(name, value):
     run = federation()
     check_agreement(packed(settings(run)), settings(run, **{name: value}))

@@ -391,7 +391,7 @@ class TestPieces:
         assert len(found) <= pieces
         assert all(len(piece) >= min(least, rows) for piece in found)
 
-    @pytest.mark.parametrize("rows, pieces", [(5, 4), (6, 6), (3, 2), (4, 4)])
+    @pytest.mark.parametrize(("rows", "pieces"), [(5, 4), (6, 6), (3, 2), (4, 4)])
     def test_batch_norm_trains_in_pieces(self, rows, pieces):
         model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3))
         training = Training(steps=2, batch_size=rows, gradient_accumulation_steps=min(pieces, rows))
