@@ -151,7 +151,7 @@ def test_an_owners_small_machine_stops_no_one():
     rows = run.task.prepare(toys.rows(4))
     words = (run.scheme, run.released, run.workplace(), run.training, rows)
     assert "too little memory" in Preflight(*words, here=False, processes=False).run()
-    with pytest.raises(TrainingError, match="not enough memory.*batch_size"):
+    with pytest.raises(TrainingError, match=r"not enough memory.*batch_size"):
         Preflight(*words, here=True, processes=False).run()
 
 
