@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from active_samples import run_with, times
+from engine_samples import run_with, times
 
 import toys
 from fedveil import Bounds, FedAvg

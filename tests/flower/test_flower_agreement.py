@@ -75,7 +75,7 @@ def test_no_value_travels():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", 0.1), ("frozen", ("x",)), ("steps", 7), ("batch_size", 5),
+    [("learning_rate", 0.2), ("frozen", ("x",)), ("steps", 7), ("batch_size", 5),
      ("optimizer", "adamw"), ("weight_decay", 0.5), ("own_classes", True),
      ("max_grad_norm", None)],
 )  # fmt: skip
