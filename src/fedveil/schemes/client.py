@@ -191,12 +191,14 @@ class ProxyClient:
 
     def _groups(self, message: Message, model: nn.Module, own: StateDict) -> Sequence[UnitGroup]:
         """The model's unit groups, less those that the server does not cut."""
+        shapes = [(name, tensor.shape) for name, tensor in own.items()]
+        if _APART.get(model) != shapes:
+            refuse_overlaps(model)
+            _APART[model] = shapes
         if not any(name.startswith(UNIT_PREFIX) for name in message.sections):
             return []  # nothing is withheld: the model need not have any
-        shapes = [(name, tensor.shape) for name, tensor in own.items()]
         known = _KNOWN.get(model)
         if known is None or known[0] is not self.find_groups or known[1] != shapes:
-            refuse_overlaps(model)
             known = _KNOWN[model] = self.find_groups, shapes, self._find_groups(model, own)
         return [group for group in known[2] if UNIT_PREFIX + group.name in message.sections]
 
@@ -255,6 +257,9 @@ def examples_of(reply: Message) -> int:
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[object, object, Sequence[UnitGroup]]]
 _KNOWN = WeakKeyDictionary()
 """The unit groups of a model, who found them, and its shapes then: clients get many proxies."""
+
+_APART: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+"""The shapes of models none of whose tensors is a view of another."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ __all__ = [
     "cut_inputs",
     "cut_outputs",
     "is_adapted",
+    "is_idle",
     "plain_layer",
     "refuse_hidden",
     "refuse_prompts",
@@ -114,6 +115,20 @@ def plain_layer(name: str, modules: Modules, state: State) -> str:
 def is_adapted(name: str, modules: Modules) -> bool:
     """Whether a layer is, or is below, what PEFT has put in a layer's place."""
     return _outermost(name, modules) != name or _is_adapter(modules.get(name))
+
+
+def is_idle(tensor: str, modules: Modules) -> bool:
+    """Whether a tensor is of an adapter or a copy that PEFT holds, and does not use now."""
+    for above in _above(tensor):
+        module = modules.get(above)
+        if module is not None and _is_adapter(module):
+            active = getattr(module, "active_adapters", [])
+            part, _, rest = tensor.removeprefix(f"{above}.").partition(".")
+            if part == "original_module":
+                return bool(active)
+            if part in ("modules_to_save", *_LORA_TENSORS) and rest.split(".")[0] not in active:
+                return True
+    return False
 
 
 def refuse_hidden(block: str, output: str, modules: Modules) -> None:

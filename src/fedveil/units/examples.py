@@ -19,7 +19,8 @@ Run = Callable[[nn.Module], object]
 as a whole."""
 
 _TOKENS = 16
-_SIDES = (32, 28, 4, 8, 16, 64, 224, 48, 96, 128)
+_USUAL_SIDES = (32, 28, 4, 8, 16, 64, 224, 48, 96, 128)
+_SIDES = (*_USUAL_SIDES, *(side for side in range(1, 65) if side not in _USUAL_SIDES))
 """Of images that plain nets read, where nobody says how large theirs are."""
 
 # Caches and weights of attention: what they tell of a withheld head is not what comes of it.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
+from fedveil.units.adapters import is_idle
 from fedveil.units.examples import Run, runs_of
 from fedveil.units.group import Slice, UnitGroup
 from fedveil.units.layers import CONVOLUTIONS, input_axis
@@ -158,9 +159,14 @@ class _Trial:
 
     def _check_reached(self) -> None:
         """Whether the input tells of every group, or of one that is built alike."""
+        modules = dict(self._model.named_modules(remove_duplicate=False))
         reached: dict[object, bool] = defaultdict(bool)
         for group in self._groups:
-            cuts = [cut for cut in group.slices if cut.tensor in self._used]
+            cuts = [
+                cut
+                for cut in group.slices
+                if cut.tensor in self._used and not is_idle(cut.tensor, modules)
+            ]
             reached[_build(group)] |= all(self._used[c.tensor][c.axis].any() for c in cuts)
         for group in self._groups:
             if not reached[_build(group)]:
