@@ -222,8 +222,8 @@ class Federation:
             self._tuning.trainable(self._architecture())  # says now what it cannot train
         check_stated(model, task, {**named, "the test set": test, "the owner's data": owner})
         check_read(task, {name: trainer.data for name, trainer in self._trainers.items()})
-        self.likeness = self._read_likeness()
         self._server()  # says now what it cannot work with
+        self.likeness = self._read_likeness()
         self._is_own, self._fingerprint = copy, fingerprint(self._model)
 
     def run(
