@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import toys
 from fedveil import ConfigurationError, Federation, TextClassification, Training
 from fedveil.config import build, load_config
 from fedveil.config.models import load_model
@@ -292,11 +293,22 @@ class TestChance:
         assert "right in 33.3 %" in result.doubt
         assert "order of classes" in result.doubt
 
+    @pytest.mark.parametrize("count", [3, 30, 33, 99])
+    def test_always_the_same_answer_is_chance(self, count):
+        from fedveil.training import ImageClassification
+        from fedveil.training.guessing import no_better_than_chance
+
+        task = ImageClassification()
+        data = task.prepare(toys.rows(count))
+        reached = {"accuracy": 100 * (count // 3) / count}
+        assert "right in 33.3 %" in no_better_than_chance(reached, task, data, None)
+        better = {"accuracy": 100 * (count // 3 + 1) / count}
+        assert no_better_than_chance(better, task, data, None) is None
+
     def test_of_a_better_one_nothing_is_said(self, home):
         assert federation_of(home).run().doubt is None
 
     def test_a_language_model_is_compared_with_equally_likely_tokens(self):
-        import toys
         from fedveil.training.guessing import no_better_than_chance
 
         task = type("Words", (), {"metric": "loss"})()

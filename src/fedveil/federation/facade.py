@@ -235,10 +235,10 @@ class Federation:
             self._tuning.trainable(self._architecture())  # says now what it cannot train
         check_stated(model, task, {**named, "the test set": test, "the owner's data": owner})
         check_read(task, {name: trainer.data for name, trainer in self._trainers.items()})
-        self.likeness = self._read_likeness()
         at_hand = (self._test, self._owner, *(one.data for one in self._trainers.values()))
         self.scheme.check(self.released, run_on(task, at_hand))
         self._server()  # says now what it cannot work with
+        self.likeness = self._read_likeness()
         self._is_own, self._fingerprint = copy, fingerprint(self._model)
 
     def run(

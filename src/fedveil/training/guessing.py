@@ -12,6 +12,10 @@ from fedveil.training.tasks import Prepared, Task
 __all__ = ["no_better_than_chance"]
 
 
+_ROUNDING = 1e-6
+"""In percent: the same share is computed in two ways."""
+
+
 def no_better_than_chance(
     measures: Mapping[str, float], task: Task, data: Prepared, model: nn.Module
 ) -> str | None:
@@ -32,7 +36,7 @@ def no_better_than_chance(
     if commonest is None or "accuracy" not in measures:
         return None
     chance = 100 * commonest(data)
-    if measures["accuracy"] > chance:
+    if measures["accuracy"] > chance + _ROUNDING:
         return None
     return (
         f"The base is no better than chance: {measures['accuracy']:.1f} % where always the "
