@@ -58,7 +58,7 @@ def model_of(family: str, made: str) -> nn.Module:
     return model.train()
 
 
-@pytest.mark.parametrize("made", ["new", "random", "bfloat16", "float16"])
+@pytest.mark.parametrize("made", ["new", "random", "bfloat16"])
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_rule_is_refused(name: str, made: str) -> None:
     family, pattern = WRONG[name]
@@ -69,7 +69,7 @@ def test_a_wrong_rule_is_refused(name: str, made: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2-lm", "t5-gated", "vit"])
-@pytest.mark.parametrize("made", ["new", "random", "bfloat16", "float16"])
+@pytest.mark.parametrize("made", ["new", "float16"])
 @pytest.mark.parametrize("choice", ["neurons", "columns"])
 def test_a_right_rule_is_not_and_the_model_stays_as_it_was(family, made, choice) -> None:
     model = model_of(family, made)
@@ -245,6 +245,28 @@ def test_values_that_hide_everything_are_replaced() -> None:
     tried_units(model)
     with pytest.raises(ConfigurationError, match="rule for units is wrong"):
         tried_units(model, rule=Rule(("x",), (WRONG["half heads"][1],)))
+
+
+def test_a_model_that_fails_while_it_is_tried_comes_out_as_it_was() -> None:
+    class Failing(TwoReaders):
+        fails = 0
+
+        def forward(self, x):
+            self.fails += 1
+            if self.fails % 3 == 0:
+                raise RuntimeError("out of paper")
+            return super().forward(x)
+
+    model = Failing()
+    before = {name: (p, p.clone()) for name, p in model.named_parameters()}
+    with pytest.raises(UntriedError, match="out of paper"):
+        tried_units(model, rule=Rule(("x",), (CHAIN,)))
+    for name, parameter in model.named_parameters():
+        was, values = before[name]
+        assert parameter is was
+        assert torch.equal(parameter, values)
+        assert parameter.grad is None
+    assert model.training
 
 
 def test_a_model_is_tried_once(monkeypatch) -> None:

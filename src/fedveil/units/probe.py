@@ -43,6 +43,23 @@ class Probe:
 
     def __enter__(self) -> Self:
         """Take the model."""
+        try:
+            self._take()
+        except BaseException:  # memory may be short
+            self._give_back()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give it back."""
+        self._give_back()
+
+    def _take(self) -> None:
         self._training = [(module, module.training) for module in self._model.modules()]
         named = [
             *self._model.named_parameters(remove_duplicate=False),
@@ -54,21 +71,14 @@ class Probe:
             if tensor.is_floating_point():
                 tensor.grad = None
                 tensor.data = _telling(name, tensor, drawn=self._drawn)
-                if isinstance(tensor, nn.Parameter):
-                    tensor.requires_grad_(True)
-            elif not isinstance(tensor, nn.Parameter):
-                tensor.data = tensor.data.clone()  # counters that a model keeps
+            if not isinstance(tensor, nn.Parameter):
+                tensor.data = tensor.data.clone()  # a model may count in it
+            elif tensor.is_floating_point():
+                tensor.requires_grad_(True)
             self._start[id(tensor)] = tensor.data
         self._model.eval()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give it back."""
+    def _give_back(self) -> None:
         for tensor, data, requires_grad, grad in self._before:
             tensor.grad = None
             tensor.data = data

@@ -85,14 +85,14 @@ def try_units(
     for name, attempt in runs_of(model, run):
         # Of values that a model came with nothing may show; of others, in a deep net.
         for drawn in (True, False):
-            with Probe(model, drawn=drawn) as probe:
-                try:
+            try:
+                with Probe(model, drawn=drawn) as probe:
                     _Trial(model, groups, attempt, tuple(shared), probe).judge()
-                except _WrongError as error:
-                    raise error.told from None
-                except Exception as error:  # the model's own forward: it may raise anything
-                    problem = f"with {name}: {str(error)[:200] or type(error).__name__}"
-                    continue
+            except _WrongError as error:
+                raise error.told from None
+            except Exception as error:  # the model's own forward: it may raise anything
+                problem = f"with {name}: {str(error)[:200] or type(error).__name__}"
+                continue
             _TRIED[model] = looks
             return
     raise UntriedError(
