@@ -67,13 +67,17 @@ def test_a_clients_file_says_what_the_owners_does(folder):
     path = folder / "federation.toml"
     quoted = ", ".join(to_toml({"t": {"x": label}}).split(" = ", 1)[1].strip() for label in LABELS)
     text = path.read_text().replace('test = "test.parquet"', "")
-    text = text.replace('labels = ["0", "1", "2"]', f"labels = [{quoted}]\nlabel = 'ä.b c'")
+    text = text.replace("net:build", "six_classes:build").replace(
+        'labels = ["0", "1", "2"]', f"labels = [{quoted}]\nlabel = 'ä.b c'"
+    )
     path.write_text(
         text.replace("[model]", f"[model]\nnum_labels = {len(LABELS)}").replace(
             "[training]", '[training]\nmax_grad_norm = "none"\nfrozen = ["*.a\\\\b"]'
         )
     )
-    (folder / "net.py").write_text((folder / "net.py").read_text().replace("256, 3", "256, 6"))
+    (folder / "six_classes.py").write_text(
+        (folder / "net.py").read_text().replace("256, 3", "256, 6")
+    )
     config = load_config(path)
     write_deployment(config, Address("fl.example.org"), folder / "deployment")
     theirs = load_config(folder / "deployment" / "clinic-1" / "partner.toml")
@@ -85,3 +89,8 @@ def test_a_clients_file_says_what_the_owners_does(folder):
     assert flower["superlink"]["owner"]["root-certificates"] == str(
         (folder / "deployment/owner/tls/ca.crt").absolute()
     )
+
+
+def test_a_setting_is_in_the_line_of_its_name():
+    written = to_toml({"t": {"a.b": {"c d": [1, "x"], "ä": {}}, "e": ["two\nlines"]}})
+    assert written == '[t]\n"a.b" = { "c d" = [1, "x"], "ä" = {  } }\ne = ["two\\nlines"]\n'

@@ -26,7 +26,7 @@ def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
         ConfigurationError: A value is none that TOML has, such as half a character of UTF-16.
     """
     try:
-        text = tomli_w.dumps(_plain(tables))
+        text = "\n".join(map(_table, tables, tables.values()))
         text.encode()
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
@@ -38,16 +38,29 @@ def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
     return text
 
 
-def _plain(value: Any) -> Any:
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    return "\n".join([f"[{_key(title)}]", *_settings(values), ""])
+
+
+def _settings(values: Mapping[str, Any]) -> list[str]:
+    return [f"{_key(key)} = {_value(one)}" for key, one in values.items() if one is not None]
+
+
+def _key(key: str) -> str:
+    return tomli_w.dumps({key: 0}).removesuffix(" = 0\n")
+
+
+def _value(value: Any) -> str:
+    """A value in one line, so that whoever edits the file finds a setting where its name is."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        name = getattr(value, "name", None)
-        return _plain({"name": name, **fields}) if fields or name is None else name
+        named = {"name": getattr(value, "name", None), **fields}
+        return _value(named["name"] if set(named) == {"name"} else named)
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items() if one is not None}
+        return f"{{ {', '.join(_settings(value))} }}"
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return value
+        return f"[{', '.join(map(_value, value))}]"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").removesuffix("\n")
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -72,11 +85,20 @@ def _write(path: Path, data: bytes | str, mode: int) -> None:
         ConfigurationError: There is one already, or it cannot be written.
     """
     try:
+        encoded = data.encode() if isinstance(data, str) else data
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            "A file of a deployment cannot be written: it would name a path that is no text",
+            expected="paths in UTF-8",
+            found=f"{error.object[max(0, error.start - 20) : error.end + 20]!r}",
+            where=str(path),
+        ) from error
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         place = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(place, "wb") as file:
             os.fchmod(place, mode)  # whatever the umask says
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(encoded)
     except FileExistsError:
         raise ConfigurationError(
             "A file of a deployment is there already",

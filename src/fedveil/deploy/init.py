@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from torch import nn
 
 from fedveil.config import Config, build, open_secret
@@ -160,10 +161,8 @@ def _write_owner(config: Config, address: Address, owner: Path) -> None:
         for name in _CONTAINERS:
             write_public(owner / name, _filled(f"owner/{name}", words))
     flower = {"address": words["address"], "root-certificates": words["ca"]}
-    write_public(
-        owner / "flwr" / "config.toml",
-        to_toml({"superlink": {"default": "owner", "owner": flower}}),
-    )
+    known = {"superlink": {"default": "owner", "owner": flower}}
+    write_public(owner / "flwr" / "config.toml", tomli_w.dumps(known))
     write_public(owner / "app" / "pyproject.toml", _filled("owner/pyproject.toml", words))
 
 
