@@ -212,7 +212,7 @@ class Rounds:
         """What a model reaches on the owner's test set, or None without one."""
         if self.test is None:
             return None
-        rows = self.test.select(range(min(_GLANCE, len(self.test)))) if few else self.test
+        rows = self.test.part(range(min(_GLANCE, len(self.test)))) if few else self.test
         load_state(self.model, state)
         # The workers are idle meanwhile, but as many threads as workers would add up otherwise.
         with threads(MEASURING_THREADS), on_device(self.model, self.device):
