@@ -14,7 +14,7 @@ from fedveil import (
     UnknownArchitectureError,
 )  # fmt: skip
 from fedveil.training import Measure
-from toys import SECRET, federation, metrics, mlp, rows, same, weights
+from toys import SECRET, bert, federation, metrics, mlp, rows, same, texts, weights
 
 
 def test_it_runs_with_nothing_but_a_model_clients_and_a_task():
@@ -135,6 +135,16 @@ def test_models_are_measured_when_due_and_always_at_the_end(every, rounds):
     measured = {record.round: set(record.measures) for record in run.run(3).rounds}
     expected = {"global", "server_model", "proxy_before", "proxy_after"}
     assert {n: m for n, m in measured.items() if m} == dict.fromkeys(rounds, expected)
+
+
+def test_rounds_that_are_not_measured_are_looked_at_whatever_the_task_makes_of_rows():
+    """Rows of a text task are tokens, which are not read a second time."""
+    first, second = (
+        federation(bert(), test=texts(6, seed=9), evaluation=Evaluation(0)).run(2).rounds
+    )
+    assert not first.measures
+    assert second.measures
+    assert not first.rejected
 
 
 def rows_of(count):

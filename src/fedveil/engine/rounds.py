@@ -224,7 +224,7 @@ class Rounds:
         """What a model reaches on the owner's test set, or None without one."""
         if self.test is None:
             return None
-        rows = self.test.select(range(min(_GLANCE, len(self.test)))) if few else self.test
+        rows = self.test.part(range(min(_GLANCE, len(self.test)))) if few else self.test
         if self._beginning is None:
             self._beginning = Beginning(self.model, read_state(self.model).keys())
         self._beginning.restore()

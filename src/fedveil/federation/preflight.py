@@ -90,7 +90,7 @@ class Preflight:
 
     def _round(self, rows: Prepared) -> None:
         small = _small(self.training)
-        some = Prepared(rows.select([n % len(rows) for n in range(small.batch_size)]))
+        some = rows.part([n % len(rows) for n in range(small.batch_size)])
         server = self.scheme.server(self.model, _MASKS)
         server.begin_round(1)
         message = server.release(_CLIENT)

@@ -48,6 +48,11 @@ class Prepared:
         """The rows with these numbers, in this order."""
         return [self.rows[index] for index in indices]
 
+    def part(self, indices: Sequence[int]) -> Prepared:
+        """A data set of the rows with these numbers, in this order; nothing is prepared again."""
+        lengths = None if self.lengths is None else [self.lengths[index] for index in indices]
+        return Prepared(self.select(indices), lengths)
+
 
 class Measure(NamedTuple):
     """Sums over one batch, from which means over a data set are made."""

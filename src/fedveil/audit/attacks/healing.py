@@ -82,12 +82,7 @@ def _split(data: Prepared, seed: int) -> tuple[Prepared, Prepared]:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(len(order) // _HELD_OUT, _ENOUGH) or (1 if len(order) > 1 else 0)
     rest = order[count:]
-    return _part(data, rest), _part(data, order[:count] or rest)
-
-
-def _part(data: Prepared, indices: list[int]) -> Prepared:
-    lengths = None if data.lengths is None else [data.lengths[index] for index in indices]
-    return Prepared(data.select(indices), lengths)
+    return data.part(rest), data.part(order[:count] or rest)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
