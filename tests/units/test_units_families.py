@@ -12,7 +12,7 @@ from torch import nn
 from units_families import FAMILIES, randomise
 from units_more_families import KNOWN
 
-from fedveil import FedQSN
+from fedveil import ConfigurationError, FedQSN
 from fedveil.units import find_units, tried_units
 from fedveil.units.table import RULES
 from toys import SECRET, play
@@ -115,3 +115,14 @@ def test_a_known_family_is_cut_as_ever_where_nothing_is_withheld() -> None:
     model = randomise(FAMILIES["bert"].build())
     server = FedQSN.once(server_mask=0.0).server(model, SECRET)
     assert server.groups == find_units(model, "mlp")
+
+
+def test_a_choice_that_is_none_is_refused_all_the_same() -> None:
+    with pytest.raises(ConfigurationError, match="choice of units"):
+        FedQSN(0.0, 0.0, units="rows").server(Branching(), SECRET)
+
+
+def test_where_nothing_is_withheld_a_model_is_not_run(monkeypatch) -> None:
+    model = UNKNOWN["fnet"]()
+    model.register_forward_hook(lambda *_: pytest.fail("the model was run"))
+    FedQSN.once(server_mask=0.0).server(model, SECRET)

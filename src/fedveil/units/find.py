@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from fedveil.errors import ConfigurationError, UnknownArchitectureError
+from fedveil.errors import ConfigurationError
 from fedveil.units.check import validate
 from fedveil.units.group import UnitGroup
 from fedveil.units.match import Anatomy, apply_rule
@@ -53,6 +53,15 @@ def find_units(
         ConfigurationError: the choice is unknown, or a rule does not fit the model.
         UnknownArchitectureError: no rule serves the model, or none of its layers can be cut.
     """
+    try:
+        return _find(model, choice, rule)
+    except _UnknownError as error:
+        # To name a rule that holds takes a while.
+        raise unknown_architecture(model, _label(model), str(error)) from error.__cause__
+
+
+def _find(model: nn.Module, choice: str, rule: Rule | None) -> tuple[UnitGroup, ...]:
+    _check_choice(choice)
     if hasattr(model, "_orig_mod"):
         raise ConfigurationError(
             "The model is compiled, and its parts go by other names",
@@ -60,10 +69,6 @@ def find_units(
             found=type(model).__name__,
             fix="Give what it was compiled from, model._orig_mod, or compile it in place: "
             "model.compile().",
-        )
-    if choice not in CHOICES:
-        raise ConfigurationError(
-            "an unknown choice of units", expected=" or ".join(CHOICES), found=repr(choice)
         )
     anatomy = Anatomy.of(model)
     groups: list[UnitGroup] = []
@@ -74,13 +79,22 @@ def find_units(
     if not served:
         groups = _trace(model, anatomy, choice)
     if not groups:
-        raise unknown_architecture(
-            model, _label(model), f"no layer of this model can be cut into {choice}"
-        )
+        raise _UnknownError(f"no layer of this model can be cut into {choice}")
     order = {tensor: number for number, tensor in enumerate(anatomy.state)}
     groups.sort(key=lambda group: order[group.slices[0].tensor])
     validate(groups, anatomy.state)
     return tuple(groups)
+
+
+class _UnknownError(Exception):
+    """No rule serves a model; the text says why not."""
+
+
+def _check_choice(choice: str) -> None:
+    if choice not in CHOICES:
+        raise ConfigurationError(
+            "an unknown choice of units", expected=" or ".join(CHOICES), found=repr(choice)
+        )
 
 
 def tried_units(
@@ -110,11 +124,12 @@ def units_if_known(model: nn.Module, choice: str) -> tuple[UnitGroup, ...]:
 
     For who withholds nothing: it is then of no account whether they are right.
     """
+    _check_choice(choice)
+    if any(rule not in RULES for _, _, rule in _served(model)):
+        return ()
     try:
-        served = list(_served(model))
-        own = any(rule not in RULES for _, _, rule in served)
-        return () if own else find_units(model, choice)
-    except (UnknownArchitectureError, ConfigurationError):
+        return _find(model, choice, None)
+    except (_UnknownError, ConfigurationError):
         return ()
 
 
@@ -124,14 +139,8 @@ def _served(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, 
     if rule is not None:
         yield name, model, rule
         return
-    inside = [
-        found
-        for child, module in model.named_children()
-        for found in _served(module, f"{name}.{child}" if name else child)
-    ]
-    yield from inside
-    if not inside and not name and _has_model_type(model):
-        raise unknown_architecture(model, _label(model), "no rule serves this model type")
+    for child, module in model.named_children():
+        yield from _served(module, f"{name}.{child}" if name else child)
 
 
 def _has_model_type(model: nn.Module) -> bool:
@@ -149,13 +158,11 @@ def _label(model: nn.Module) -> str:
 
 
 def _trace(model: nn.Module, anatomy: Anatomy, choice: str) -> list[UnitGroup]:
+    if _has_model_type(model):
+        raise _UnknownError("no rule serves this model type")
     try:
         return plain_groups(model, anatomy, columns=choice == "columns")
     except Exception as error:
         # Tracing runs the model's own forward: it may raise anything.
-        raise _cannot_trace(model, error) from error
-
-
-def _cannot_trace(model: nn.Module, error: Exception) -> UnknownArchitectureError:
-    problem = f"this model is neither known nor traceable ({type(error).__name__}: {error})"
-    return unknown_architecture(model, _label(model), problem)
+        found = f"{type(error).__name__}: {error}"
+        raise _UnknownError(f"this model is neither known nor traceable ({found})") from error
