@@ -123,7 +123,7 @@ def _kind(tensor: Tensor) -> str:
 
 def _check_sendable(state: StateDict) -> None:
     for name, tensor in state.items():
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in DTYPES.values() and tensor.dtype not in _WIDER:
             raise ConfigurationError(
                 "A tensor has a dtype that is not sent",
                 expected=", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values()),
