@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "units"))
 from units_families import FAMILIES, randomise
 
 from fedveil import Evaluation, FedQSN, RegMean, Training
+from fedveil.errors import ConfigurationError
 from fedveil.masking import Release
 from fedveil.shrinking import shrinkable, shrunk
 from fedveil.state import read_state
@@ -544,6 +545,19 @@ def test_a_rule_of_ones_own_whose_net_is_no_plain_chain_keeps_zeros(kind, monkey
     monkeypatch.setattr(registry, "_rules", [*registry._rules, RULES[kind]])
     model = randomise(kind())
     assert shrinkable(model, *cut_in_half(model)) == ()
+
+
+@pytest.mark.parametrize("kind", [Twice, Normed])
+def test_a_rule_that_leaves_out_a_reader_or_a_norm_is_refused(kind, monkeypatch):
+    monkeypatch.setattr(registry, "_rules", [*registry._rules, RULES[kind]])
+    with pytest.raises(ConfigurationError, match="A rule for units is wrong"):
+        FedQSN(units="neurons").server(randomise(kind()), SECRET)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RULES if kind not in (Twice, Normed)])
+def test_under_a_rule_of_ones_own_zeros_train_as_zeros(kind, monkeypatch):
+    monkeypatch.setattr(registry, "_rules", [*registry._rules, RULES[kind]])
+    model = randomise(kind())
     results = both(model, FedQSN(units="neurons", client_mask=0.5), run_on({"x": torch.ones(6, 5)}))
     check_equal(results, rtol=0, atol=0)
 
