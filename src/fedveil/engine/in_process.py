@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
@@ -28,7 +27,12 @@ from torch import Tensor, nn
 from fedveil.engine.beginning import Beginning
 from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, threads
 from fedveil.engine.memory import ClientFiles
-from fedveil.engine.sending import bytes_of_tensors, fits_shared_memory
+from fedveil.engine.sending import (
+    bytes_of_tensors,
+    fits_shared_memory,
+    taken,
+    written_out,
+)
 from fedveil.errors import ConfigurationError, FedveilError, TrainingError
 from fedveil.schemes import ClientSide, Scheme
 from fedveil.state import architecture_of
@@ -211,7 +215,7 @@ class Pool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _start(self) -> ProcessPoolExecutor:
-        handed = pickle.dumps(self._place) if self._by_value else self._place
+        handed = written_out(self._place) if self._by_value else self._place
         try:
             return ProcessPoolExecutor(
                 self._workers,
@@ -324,8 +328,7 @@ _place: Workplace | None = None
 
 def _settle_in(handed: Workplace | bytes, matmul_precision: str) -> None:
     global _place
-    # What is unpickled here is what this very program pickled.
-    place: Workplace = pickle.loads(handed) if isinstance(handed, bytes) else handed  # noqa: S301
+    place: Workplace = taken(handed)
     # Ctrl-C reaches every process of the terminal: the server stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_the_server, daemon=True).start()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedveil.errors import ConfigurationError
 
-__all__ = ["bytes_of_tensors", "fits_shared_memory"]
+__all__ = ["bytes_of_tensors", "fits_shared_memory", "taken", "written_out"]
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  no file of ours: it is asked how much room it has
 _SPARE = 2**20
@@ -66,6 +66,20 @@ def bytes_of_tensors(one: Any) -> int:
             "and take away parametrizations (torch.nn.utils.parametrize.remove_parametrizations).",
         ) from error
     return census.nbytes
+
+
+def written_out(one: Any) -> bytes:
+    """Something as bytes, tensors and all, for a pipe to a process that this one has started."""
+    return pickle.dumps(one, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def taken(handed: Any) -> Any:
+    """What :func:`written_out` was given; anything else as it is.
+
+    Only for what came through this very program's own pipe, which Python reads in the same way:
+    nothing of a message or a file ever gets here.
+    """
+    return pickle.loads(handed) if isinstance(handed, bytes) else handed  # noqa: S301
 
 
 def fits_shared_memory(nbytes: int) -> bool:
