@@ -127,7 +127,7 @@ def test_text_needs_a_tokenizer(home):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("own_model_for_test:absent", "no function 'absent'"),
+        ("own_model_for_test:absent", "has no 'absent'"),
         ("own_model_for_test:number", "no function 'number'"),
         ("own_model_for_test:fails", "RuntimeError: no luck"),
         ("own_model_for_test:other", "torch.nn.Module"),

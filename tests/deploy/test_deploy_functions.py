@@ -1,5 +1,7 @@
 """A function that makes the owner's model goes to clients: nothing of its weights may be in it."""
 
+import tomllib
+
 import pytest
 import torch
 
@@ -79,8 +81,8 @@ def test_weights_that_the_function_has_are_not_given_away(code, folder):
     assert not (folder / "deployment").exists()
 
 
-def test_nothing_that_clients_are_to_hold_is_drawn(tmp_path):
-    """A pooler that the folder lacks would be another one at each client."""
+def test_what_clients_would_draw_is_trained_and_travels(tmp_path):
+    """A pooler that the folder lacks would be another one at each client that was to hold it."""
     import transformers
 
     from fedveil.data import minilm_folder
@@ -104,7 +106,11 @@ def test_nothing_that_clients_are_to_hold_is_drawn(tmp_path):
             "max_length = 32\n"
             f'[scheme]\nname = "fedlpp"\n[partners]\nnames = ["a"]\nkeys = "d-{name}/owner/keys"\n'
         )
-    with pytest.raises(ConfigurationError, match=r"begins at random.*pooler"):
-        write_deployment(load_config(tmp_path / "lacking.toml"), ADDRESS, tmp_path / "d-lacking")
-    whole = write_deployment(load_config(tmp_path / "whole.toml"), ADDRESS, tmp_path / "d-whole")
-    assert len(whole) == 2
+    trained = {}
+    for name in ("lacking", "whole"):
+        folder = tmp_path / f"d-{name}"
+        assert len(write_deployment(load_config(tmp_path / f"{name}.toml"), ADDRESS, folder)) == 2
+        partner = tomllib.loads((folder / "a" / "partner.toml").read_text())
+        trained[name] = partner["model"]["lora"].get("modules_to_save", [])
+    assert any("pooler" in module for module in trained["lacking"])
+    assert not any("pooler" in module for module in trained["whole"])

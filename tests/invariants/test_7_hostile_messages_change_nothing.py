@@ -248,8 +248,8 @@ APPROVED = {
     ("engine/sending.py", "", "pickle"),
 }
 """The one place that runs code from a file: bytes that this very user has read and approved for
-this very folder, at a partner's. And what a program hands to worker processes that it has started,
-through a pipe of its own, as Python itself would. Nothing that comes in a message gets to either."""
+this very folder, at a partner's. And what a program hands to worker processes that it started,
+through a pipe of its own, as Python would. Nothing that comes in a message gets to either."""
 
 
 def unsafe_in(source):

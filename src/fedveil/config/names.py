@@ -25,7 +25,8 @@ def find_function(name: str, folder: Path) -> Callable[..., Any]:
     """
     function: object = find_named(name, folder)
     if not callable(function):
-        raise ConfigurationError("A name in a file is that of no function", where=name)
+        attribute = name.partition(":")[2]
+        raise ConfigurationError(f"The module has no function {attribute!r}", where=name)
     return function
 
 
@@ -51,9 +52,7 @@ def find_named(name: str, folder: Path) -> Any:
         ) from error
     named = getattr(module, attribute, None)
     if named is None:
-        raise ConfigurationError(
-            f"The module has no function {attribute!r}", where=str(module.__file__)
-        )
+        raise ConfigurationError(f"The module has no {attribute!r}", where=str(module.__file__))
     return named
 
 
