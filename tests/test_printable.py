@@ -1,9 +1,12 @@
 """What others wrote cannot steer a terminal, a log or a page, nor pass for a line of ours."""
 
+import ast
 import io
 import logging
 import pickle
+import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
+import fedveil
 from fedveil.engine import RoundRecord
 from fedveil.errors import FedveilError, TrainingError
 from fedveil.log import LOG, PlainRecords
@@ -160,3 +164,17 @@ def test_logs_with_tracebacks(text):
     first, *others = shown.splitlines()
     assert first == "ERROR: This failed"
     assert all(line.startswith("  ") for line in others)
+
+
+def markup_in(source):
+    """Printed texts with words in brackets, which a console without markup shows as they are."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "print":
+            texts = (one.value for one in ast.walk(node) if isinstance(one, ast.Constant))
+            yield from (text for text in texts if re.search(r"\[/?[a-z]+\]", str(text)))
+
+
+def test_nothing_is_printed_that_counts_on_markup():
+    package = Path(fedveil.__file__).parent
+    assert not [one for path in package.rglob("*.py") for one in markup_in(path.read_text("utf-8"))]
+    assert list(markup_in('console.print(f"[bold]{name}[/bold]")'))

@@ -7,11 +7,11 @@ import peft
 import pytest
 import torch
 import transformers
-from rich.console import Console
 
 from fedveil.config import answer_test, load_config, rehearse
 from fedveil.data import bbc_headlines, smollm2_folder
 from fedveil.demo.generation import GENERATION_SCHEMES, GenerationSetting, run_generation_demo
+from fedveil.screen import PlainConsole
 from fedveil.training import Training
 
 pytestmark = [
@@ -32,12 +32,12 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_all_methods_are_shown_side_by_side(cache, tmp_path, capsys):
-    run_generation_demo(tmp_path / "out", 1, Console(width=120), SMALL)
+    run_generation_demo(tmp_path / "out", 1, PlainConsole(width=120), SMALL)
     told = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(found["schemes"]) == set(GENERATION_SCHEMES)
     for name, figures in found["schemes"].items():
-        assert name in told
+        assert f"\n{name}: " in told
         assert all(figures[key] > 0 for key in ("base", "global", "proxy_before", "proxy_after"))
     once, always = found["schemes"]["fedqsn-lora"], found["schemes"]["fedavg-lora"]
     assert once["bytes_down_first"] > 30 * once["bytes_down_later"]

@@ -158,12 +158,15 @@ def run_demo(
         if workers > 1:
             start_importing(_WORKER_MODULES)
         scene = prepare(setting)
-        console.print("\n[bold]own data alone[/bold]: each client tunes the base by himself")
+        own = Text("own data alone", "bold") + ": each client tunes the base by himself"
+        console.print()
+        console.print(own)
         base, own_data = own_data_alone(scene, setting, workers, progress)
         schemes = {}
         for name in SHOWN:
             at = setting.at_once() if name in RELEASED_ONCE else setting
-            console.print(f"\n[bold]{name}[/bold]: {_work(at)}")
+            console.print()
+            console.print(Text(name, "bold") + f": {_work(at)}")
             started = time.perf_counter()
             federation = build_federation(
                 scene, at, SCHEMES[name], workers, out / name, progress,

@@ -18,6 +18,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 from torch import nn
 
 from fedveil.config.models import add_adapter, quiet_transformers
@@ -107,7 +108,8 @@ def run_generation_demo(
         figures: dict[str, dict[str, Any]] = {}
         texts = {"as it was": _headlines(model, task, shown)}
         for name, scheme in GENERATION_SCHEMES.items():
-            console.print(f"\n[bold]{name}[/bold]: {_work(setting)}")
+            console.print()
+            console.print(Text(name, "bold") + f": {_work(setting)}")
             started = time.perf_counter()
             federation = Federation(
                 model,
@@ -220,8 +222,9 @@ def _report(
     console.print()
     console.print(table)
     for number, row in enumerate(shown):
-        console.print(f"\n[dim]{row['prompt'].splitlines()[0]}[/dim]", soft_wrap=True)
+        console.print()
+        console.print(Text(row["prompt"].splitlines()[0], "dim"), soft_wrap=True)
         console.print(f"  the editor:  {row['completion'].strip()}", soft_wrap=True)
         for name, written in texts.items():
-            console.print(f"  {name}:  {written[number]}", soft_wrap=True, markup=False)
+            console.print(f"  {name}:  {written[number]}", soft_wrap=True)
     console.print()
