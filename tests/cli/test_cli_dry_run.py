@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -195,6 +196,18 @@ class TestOfFolders:
         assert code == 2
         assert "no tokenizer in the folder" in err
         assert "holds together" not in out
+
+    def test_texts_that_are_too_long_for_the_model(self, call, own):
+        path = own / "federation.toml"
+        longest = json.loads((own / "own" / "config.json").read_text())["max_position_embeddings"]
+        path.write_text(re.sub(r"max_length = \d+\n", "", path.read_text()))
+        code, _, err = self.dry(call, own, 'name = "own"', f"max_length = {longest + 1}")
+        assert code == 2
+        assert f"expected at most {longest}, found {longest + 1}" in err
+
+    def test_nothing_is_said_of_chance_as_the_model_is_a_random_one(self, call, own):
+        _, out, err = self.dry(call, own, 'name = "own"')
+        assert "chance" not in out + err
 
     def test_no_weights(self, call, own):
         (own / "own" / "model.safetensors").unlink()

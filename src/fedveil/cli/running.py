@@ -181,7 +181,11 @@ def _rehearse(config: Config, console: Console) -> None:
     from fedveil.config import answer_test, build, rehearse
     from fedveil.report import ConsoleProgress
 
-    with TemporaryDirectory(prefix="fedveil-") as folder, ConsoleProgress(console) as progress:
+    class Progress(ConsoleProgress):
+        def base_doubted(self, reason: str) -> None:
+            """A random model need not be better than chance."""
+
+    with TemporaryDirectory(prefix="fedveil-") as folder, Progress(console) as progress:
         rehearsal = rehearse(config, Path(folder))
         say(console, f"dry run: {rehearsal.model}; {rehearsal.data}")
         small = rehearsal.config

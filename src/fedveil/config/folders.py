@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedveil.config.classes import settled_classes
 from fedveil.config.file import Config
@@ -15,7 +16,12 @@ from fedveil.config.models import architecture_class
 from fedveil.config.names import explained, place_of
 from fedveil.config.sources import class_names, is_file, load_source
 from fedveil.config.tables import RANDOM, is_function
-from fedveil.config.tokenizers import check_vocabulary, load_tokenizer, tokenizer_name
+from fedveil.config.tokenizers import (
+    check_length,
+    check_vocabulary,
+    load_tokenizer,
+    tokenizer_name,
+)
 from fedveil.data.library import quiet, quiet_transformers
 from fedveil.errors import ConfigurationError
 
@@ -48,7 +54,8 @@ def check_folders(config: Config) -> None:
     """Refuse what would be refused when models are loaded, of those that are local folders.
 
     That are weights that are not there, a head for other classes than the data have, a tokenizer
-    that is absent or another model's, and a public model of another architecture.
+    that is absent or another model's, texts that are too long for it, and a public model of another
+    architecture.
 
     Raises:
         FedveilError: The same as without a dry run.
@@ -61,6 +68,8 @@ def check_folders(config: Config) -> None:
             _check_head(config, own, names)
     if config.data.task != "image-classification":
         _check_tokenizer(config, own)
+        if own is not None:
+            check_length(_without_weights(config, config.model.name, len(names) or 2), config)
     public = config.model.public
     theirs = None if public is None else settings_of(config, public)
     if public is None or theirs is None:
@@ -140,12 +149,17 @@ def _check_alike(config: Config, public: str, classes: int) -> None:
 
 def _shapes(config: Config, name: str, classes: int) -> dict[str, list[int]]:
     """Shapes of a model's tensors, by name."""
+    state = _without_weights(config, name, classes).state_dict()
+    return {name: [*tensor.shape] for name, tensor in state.items()}
+
+
+def _without_weights(config: Config, name: str, classes: int) -> nn.Module:
+    """The model that a folder describes, on the meta device."""
     place = place_of(name, config.path.parent)
     words = {"num_labels": classes} if config.data.has_classes else {}
     with quiet_transformers() as transformers, explained("model", place):
         settings = transformers.AutoConfig.from_pretrained(place, **words)
         with torch.device("meta"):
-            model = getattr(transformers, architecture_class(config.data.task)).from_config(
-                settings
-            )
-        return {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
+            kind = getattr(transformers, architecture_class(config.data.task))
+            model: nn.Module = kind.from_config(settings)
+    return model

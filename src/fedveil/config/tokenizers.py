@@ -20,6 +20,7 @@ from fedveil.training.tasks import longest_input
 
 __all__ = [
     "agree",
+    "check_length",
     "check_vocabulary",
     "load_tokenizer",
     "public_brings_tokenizer",
@@ -113,6 +114,15 @@ def agree(tokenizer: Any, model: nn.Module, config: Config) -> None:
     check_vocabulary(tokenizer, _embedded(model), config)
     if getattr(own, "pad_token_id", None) is None:
         own.pad_token_id = tokenizer.pad_token_id
+    check_length(model, config)
+
+
+def check_length(model: nn.Module, config: Config) -> None:
+    """Refuse texts of more tokens than a model has positions for.
+
+    Raises:
+        ConfigurationError: They may be so long.
+    """
     longest = longest_input(model)
     if longest is not None and config.data.max_length > longest:
         raise ConfigurationError(
