@@ -54,3 +54,9 @@ def test_given_names_decide_the_numbers():
 def test_columns_that_do_not_serve(labels, options, message):
     with pytest.raises(DataError, match=message):
         encode_labels(data(labels), **options)
+
+
+@pytest.mark.parametrize("labels", [[[1], [2]], [{"a": 1}, {"a": 2}], [["x"], []]], ids=str)
+def test_lists_and_tables_name_no_classes(labels):
+    with pytest.raises(DataError, match=r'names no classes \(in column "label"\)'):
+        encode_labels(data(labels))

@@ -60,8 +60,10 @@ def encode_labels(
             among `names`.
     """
     datasets = library("datasets")
+    feature = dataset.features.get(column)
+    if feature is not None and not isinstance(feature, datasets.Value | datasets.ClassLabel):
+        raise _no_classes(str(feature), column)
     values = require_column(dataset, column)
-    feature = dataset.features[column]
     if isinstance(feature, datasets.ClassLabel):
         if names is None or list(names) == feature.names:
             return dataset, list(feature.names)
@@ -90,13 +92,17 @@ def encode_labels(
 def _check_type(values: Sequence[object], column: str) -> None:
     wrong = next((value for value in values if not isinstance(value, str | int)), None)
     if wrong is not None:
-        raise DataError(
-            "labels are of a type that names no classes",
-            expected="strings or whole numbers",
-            found=f"{wrong!r} ({type(wrong).__name__})",
-            where=f'column "{column}"',
-            fix="Write them as texts: what 1.0 or a date is called would be a guess.",
-        )
+        raise _no_classes(f"{wrong!r} ({type(wrong).__name__})", column)
+
+
+def _no_classes(found: str, column: str) -> DataError:
+    return DataError(
+        "labels are of a type that names no classes",
+        expected="strings or whole numbers",
+        found=found,
+        where=f'column "{column}"',
+        fix="Write them as texts: what 1.0, a date or a list is called would be a guess.",
+    )
 
 
 def _check_numbered(values: Sequence[int], column: str) -> None:

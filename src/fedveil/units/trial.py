@@ -61,8 +61,10 @@ def try_units(
     It takes some forward passes and two backward passes in float32, and for that time the memory of
     two more copies. The model comes out as it was. What was tried of a model is not tried again.
 
-    What it does NOT find: what the inputs do not reach. Of blocks that are built alike one must be
-    reached, of experts for instance; if none is, that is an error.
+    What it does NOT find: what has a part in a unit without a derivative (a buffer, a detached or a
+    hard gate), what reads one only while the model trains, and what the inputs do not reach. Of
+    blocks that are built alike one must be reached, of experts for instance; if none is, that is an
+    error.
 
     Args:
         model: on any device, in training or not. Its values are of no account: while it is tried it
