@@ -280,3 +280,37 @@ def test_a_model_is_tried_once(monkeypatch) -> None:
     assert len(calls) == before
     try_units(model, groups[:1])
     assert len(calls) > before
+
+
+class Gate(nn.Module):
+    """Something that no derivative tells of stands beside the units of `a`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.g, self.b = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 2)
+        self.norm = nn.BatchNorm1d(16, affine=False)
+        self.register_buffer("scale", torch.rand(16) + 0.5)
+        self.kind, self.example_inputs = kind, torch.randn(6, 8)
+
+    def forward(self, x):
+        unit, gate = self.a(x), self.g(x)
+        made = {
+            "scale": lambda: unit.relu() * self.scale,
+            "offset": lambda: (unit - self.scale).relu(),
+            "detached": lambda: unit.relu() * gate.detach(),
+            "hard": lambda: unit.relu() * (gate > 0).float(),
+            "norm": lambda: self.norm(unit).relu(),
+            "none": lambda: unit.relu(),
+        }
+        return self.b(made[self.kind]())
+
+
+@pytest.mark.parametrize("kind", ["scale", "offset", "detached", "hard", "norm"])
+def test_what_has_no_derivative_and_belongs_to_units_may_not_be_left_out(kind) -> None:
+    rule = Rule(("x",), (Pattern("neurons", ("a",), ("b",)),))
+    with pytest.raises(ConfigurationError, match="leaves out something"):
+        tried_units(Gate(kind), rule=rule)
+
+
+def test_what_has_no_derivative_and_is_of_no_unit_is_in_nobodys_way() -> None:
+    tried_units(Gate("none"), rule=Rule(("x",), (Pattern("neurons", ("a",), ("b",)),)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from types import TracebackType
@@ -117,6 +117,17 @@ class Probe:
         if cut.tensor.endswith("running_var"):
             noise = noise.abs()
         tensor.data.index_copy_(cut.axis, at, noise)
+
+    def without_derivatives(
+        self, used: Mapping[str, Mapping[int, Tensor]]
+    ) -> list[tuple[str, Tensor]]:
+        """Tensors of real numbers of which :meth:`used` says nothing: buffers, detached gates."""
+        return [
+            (name, tensor)
+            for name, tensor in self._names.items()
+            if tensor.is_floating_point()
+            and not any(bool(axis.any()) for axis in used.get(name, {}).values())
+        ]
 
     @torch.no_grad()
     def outputs(self, run: Run) -> list[Tensor]:

@@ -61,10 +61,9 @@ def try_units(
     It takes some forward passes and two backward passes in float32, and for that time the memory of
     two more copies. The model comes out as it was. What was tried of a model is not tried again.
 
-    What it does NOT find: what has a part in a unit without a derivative (a buffer, a detached or a
-    hard gate), what reads one only while the model trains, and what the inputs do not reach. Of
-    blocks that are built alike one must be reached, of experts for instance; if none is, that is an
-    error.
+    What it does NOT find: whole numbers in buffers that belong to units, what reads one only while
+    the model trains, and what the inputs do not reach. Of blocks that are built alike one must be
+    reached, of experts for instance; if none is, that is an error.
 
     Args:
         model: on any device, in training or not. Its values are of no account: while it is tried it
@@ -158,6 +157,7 @@ class _Trial:
         both = next((place for place in suspects if place in again), None)
         if both is not None:
             raise _WrongError(_left_out(both[0], suspects[both]))
+        self._check_without_derivative()
 
     def _check_reached(self) -> None:
         """Whether the input tells of every group, or of one that is built alike."""
@@ -290,6 +290,40 @@ class _Trial:
                         if _are_just(gone, was, now):
                             found.setdefault((name, axis, *place), group)
         return found
+
+    def _check_without_derivative(self) -> None:
+        """Whether a buffer, or what a detached or a hard gate reads, belongs to units.
+
+        Derivatives say nothing of these. What belongs to units does nothing where they are
+        withheld, whatever it holds there, and something where they are not.
+        """
+        sent = self._model.state_dict()
+        cut = {(c.tensor, c.axis) for group in self._groups for c in group.slices}
+        places = (
+            (name, axis, length)
+            for name, tensor in self._probe.without_derivatives(self._used)
+            if name in sent and not any(part in name for part in self._shared)
+            for axis, length in enumerate(tensor.shape)
+            if (name, axis) not in cut
+        )
+        groups = [group for group in self._groups if group.kind != "columns" and group.size > 1]
+        for name, axis, length in places:
+            for group in (group for group in groups if length % group.size == 0):
+                place = Slice(name, axis, length // group.size)
+                if all(self._is_just_of(group, place, others=others) for others in (False, True)):
+                    raise _WrongError(_left_out(name, group))
+
+    def _is_just_of(self, group: UnitGroup, place: Slice, *, others: bool) -> bool:
+        """Whether a tensor has a say where units are, and none where they are withheld."""
+        gone, rest = _withheld(group, others=others), _withheld(group, others=not others)
+        self._withhold("zeros", others=others)
+        still = self._answer()
+        self._probe.fill(place, gone, random=True)
+        if not _same(self._answer(), still):
+            return False
+        self._withhold("zeros", others=others)
+        self._probe.fill(place, rest, random=True)
+        return not _same(self._answer(), still)
 
 
 def _readings(
