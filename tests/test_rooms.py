@@ -11,7 +11,7 @@ import fedveil
 
 SOURCE = Path(fedveil.__file__).parent
 ROOMS = (
-    "printable", "errors", "log", "files", "unsupported",
+    "printable", "errors", "log", "files", "unsupported", "modes",
     "units", "secret", "drawing", "masking", "selection",
     "state", "shards", "shrinking", "quantization", "wire", "updates", "aggregation", "schemes",
     "training", "audit", "engine", "federation", "data", "config", "merging", "screen", "report",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
+from fedveil.modes import evaluation_mode
 
-__all__ = ["Alone", "Call", "Known", "UnclearError", "evaluating", "run_alone"]
+__all__ = ["Alone", "Call", "Known", "UnclearError", "run_alone"]
 
 _IGNORED = -100
 # The second sequence of a model with two, in transformers' words and in those of torch.
@@ -306,29 +306,16 @@ class Call:
         return one
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in evaluation mode inside, each in its former mode after.
-
-    In training mode batch norm mixes examples, and dropout leaves out what layers see.
-    """
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
-
-
 def run_alone(model: nn.Module, example: Alone) -> None:
     """Call a model with one example, without gradients and in evaluation mode.
+
+    In training mode batch norm mixes examples, and dropout leaves out what layers see.
 
     Raises:
         UnclearError: It does not run on one example.
     """
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluation_mode(model):
             model(*example.args, **example.kwargs)
     except ConfigurationError:
         raise

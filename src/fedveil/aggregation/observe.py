@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedveil.aggregation.alone import Alone, Call, Known, UnclearError, evaluating, run_alone
+from fedveil.aggregation.alone import Alone, Call, Known, UnclearError, run_alone
 from fedveil.aggregation.gram import Form, Moments
 from fedveil.aggregation.linear import LinearLayer, reading, rows_of
 from fedveil.errors import ConfigurationError, TrainingError
+from fedveil.modes import evaluation_mode
 
 __all__ = ["GramHooks"]
 
@@ -183,7 +184,7 @@ class GramHooks:
         """Whether some layer's input does not begin with the examples of a batch."""
         if not self._axes_differ:
             self._how, self._batch_size = "looking", call.size
-            with torch.no_grad(), evaluating(self._model):
+            with torch.no_grad(), evaluation_mode(self._model):
                 self._model(*call.args, **call.kwargs)
         if not self._axes_differ:
             return False

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, ProtocolError, TrainingError
+from fedveil.modes import evaluation_mode
 from fedveil.state import read_state
 from fedveil.training import Prepared, Task
-from fedveil.training.modes import evaluation_mode, only_trainable
+from fedveil.training.modes import only_trainable
 from fedveil.training.tasks import device_of, to_device
 from fedveil.wire import Message, Statistics
 

@@ -23,7 +23,7 @@ _NEAR = 0.02
 the two apart."""
 
 _MOST = 0.5
-"""Of the numbers in question: a model of which more are the owner's is his."""
+"""Of the numbers in question: a model of which more are the owner's is the owner's model."""
 
 _WORTH_A_WORD = 0.1
 
@@ -42,7 +42,8 @@ class Likeness:
         compared: How many numbers each of them has, by name: parameters that the owner trained, as
             far as anybody can tell, but for those that are one number throughout.
         equal: Names of those that are the owner's to the last bit, perhaps under another name.
-        near: Names of those that are his but for rounding, a little noise, or a factor; and that.
+        near: Names of those that are the owner's but for rounding, a little noise, or a factor; and
+            that factor.
         embeddings: Names of those that are tables of embeddings, which are often left as they were.
     """
 
@@ -78,7 +79,7 @@ def likeness_of(
         public: What would be released.
         own: The owner's.
         released: Names of the tensors that would be; others clients have, or never get.
-        left: Patterns (as in the shell) of what the owner says that he left as it was.
+        left: Patterns (as in the shell) of what the owner says was left as it was.
     """
     mine, theirs = read_state(own), public.state_dict()
     names = [
@@ -116,10 +117,10 @@ def check_likeness(
 ) -> None:
     """Refuse a public model that is the owner's own, or was made of it.
 
-    What of it is the owner's to the last bit may be so because he left it as it was; but if that is
-    more than half of what he is not known to have frozen, it is refused, as a copy with another
-    head would look alike. What is nearly his is put into his model: if that answers his rows as
-    before, it is his.
+    What of it is the owner's to the last bit may be so because it was left as it was; but if that
+    is more than half of what is not known to have been frozen, it is refused, as a copy with
+    another head would look alike. What is nearly the owner's is put into the owner's model: if that
+    answers the owner's rows as before, it is a copy.
 
     Args:
         likeness: Of both.

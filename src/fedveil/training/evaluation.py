@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
-from fedveil.training.modes import evaluation_mode, seeded
+from fedveil.modes import evaluation_mode
+from fedveil.training.modes import seeded
 from fedveil.training.tasks import Dataset, Measure, Prepared, Task, device_of, to_device
 
 __all__ = ["evaluate"]

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from fedveil.errors import ConfigurationError, DataError
+from fedveil.modes import evaluation_mode
 from fedveil.training.language import LanguageModelling
-from fedveil.training.modes import evaluation_mode, seeded
+from fedveil.training.modes import seeded
 from fedveil.training.tasks import Dataset, Prepared, device_of
 
 __all__ = ["SCORES", "Answers", "Generation", "answer", "generate", "score"]

@@ -15,27 +15,11 @@ from fedveil.errors import ConfigurationError
 __all__ = [
     "check_device",
     "checkpointing",
-    "evaluation_mode",
     "make_dense",
     "on_device",
     "only_trainable",
     "seeded",
-    "training_mode",
 ]
-
-
-@contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in training mode inside, each in its former mode after."""
-    with _mode(model, training=True):
-        yield
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in evaluation mode inside, each in its former mode after."""
-    with _mode(model, training=False):
-        yield
 
 
 @contextmanager
@@ -175,14 +159,3 @@ def _others_seeded(seed: int) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    before = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode

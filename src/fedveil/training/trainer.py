@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, TrainingError
+from fedveil.modes import evaluation_mode, training_mode
 from fedveil.training.batches import Batches, has_batch_norm, pieces_of
 from fedveil.training.modes import (
     check_device,
     checkpointing,
-    evaluation_mode,
     make_dense,
     on_device,
     only_trainable,
     seeded,
-    training_mode,
 )
 from fedveil.training.settings import Training
 from fedveil.training.tasks import (

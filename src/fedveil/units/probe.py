@@ -12,6 +12,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from fedveil.modes import evaluation_mode
 from fedveil.units.examples import Run, floating
 from fedveil.units.group import Slice
 
@@ -36,7 +37,7 @@ class Probe:
     def __init__(self, model: nn.Module, *, drawn: bool = False) -> None:
         self._model, self._drawn = model, drawn
         self._before: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
-        self._training: list[tuple[nn.Module, bool]] = []
+        self._mode = ExitStack()
         self._names: dict[str, Tensor] = {}
         self._start: dict[int, Tensor] = {}
         self._filled: dict[int, tuple[Tensor, set[object]]] = {}
@@ -60,7 +61,6 @@ class Probe:
         self._give_back()
 
     def _take(self) -> None:
-        self._training = [(module, module.training) for module in self._model.modules()]
         named = [
             *self._model.named_parameters(remove_duplicate=False),
             *self._model.named_buffers(remove_duplicate=False),
@@ -76,7 +76,7 @@ class Probe:
             elif tensor.is_floating_point():
                 tensor.requires_grad_(True)
             self._start[id(tensor)] = tensor.data
-        self._model.eval()
+        self._mode.enter_context(evaluation_mode(self._model))
 
     def _give_back(self) -> None:
         for tensor, data, requires_grad, grad in self._before:
@@ -85,8 +85,7 @@ class Probe:
             if tensor.is_leaf and tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
             tensor.grad = grad
-        for module, training in self._training:
-            module.training = training
+        self._mode.close()
 
     def reset(self) -> None:
         """Undo what was filled."""
