@@ -125,6 +125,7 @@ class Probe:
             (name, tensor)
             for name, tensor in self._names.items()
             if tensor.is_floating_point()
+            and tensor.numel()
             and not any(bool(axis.any()) for axis in used.get(name, {}).values())
         ]
 
