@@ -13,9 +13,9 @@ SOURCE = Path(fedveil.__file__).parent
 ROOMS = (
     "printable", "errors", "log", "files", "unsupported", "modes",
     "units", "secret", "drawing", "masking", "selection",
-    "state", "shards", "shrinking", "quantization", "wire", "updates", "aggregation", "schemes",
-    "training", "audit", "engine", "federation", "data", "config", "merging", "screen", "report",
-    "flower", "deploy", "demo", "cli", "",
+    "state", "shards", "shrinking", "removal", "quantization", "wire", "updates", "aggregation",
+    "schemes", "training", "audit", "engine", "federation", "data", "config", "merging", "screen",
+    "report", "flower", "deploy", "demo", "cli", "",
 )  # fmt: skip
 CORE = ROOMS[: ROOMS.index("schemes") + 1]
 FOREIGN = {"transformers", "flwr", "datasets", "flwr_datasets", "typer", "rich", "matplotlib"}

@@ -6,7 +6,15 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import toys
-from fedveil import ConfigurationError, FedAvg, FedLPP, FedQSN, ImageClassification, Training
+from fedveil import (
+    ConfigurationError,
+    FedAvg,
+    FedLPP,
+    FedQSN,
+    ImageClassification,
+    Secret,
+    Training,
+)
 from fedveil.state import architecture_of, copy_of, with_state
 from fedveil.unsupported import check_supported
 
@@ -80,6 +88,15 @@ def test_a_model_that_would_fail_later_is_refused_with_what_to_do(kind):
     with pytest.raises(ConfigurationError, match=words):
         toys.federation(make(), clients=[toys.rows(4)], task=ImageClassification(),
                         scheme=FedAvg())  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", [FedAvg(), FedLPP(), FedQSN()], ids=lambda scheme: scheme.name)
+def test_a_server_by_itself_refuses_what_is_no_tensor_too(scheme):
+    """Who has a strategy of his own asks the scheme, and no federation."""
+    net = Net(lambda net: setattr(net, "odd", Extra()))
+    net.first.requires_grad_(False)
+    with pytest.raises(ConfigurationError, match=r"odd.*register_buffer"):
+        scheme.server(net, Secret.generate())
 
 
 def test_what_is_not_sent_may_be_complex_and_a_frozen_embedding_sparse():

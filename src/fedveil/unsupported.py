@@ -10,7 +10,7 @@ from torch.nn.parameter import Buffer, UninitializedBuffer, UninitializedParamet
 
 from fedveil.errors import ConfigurationError
 
-__all__ = ["check_supported"]
+__all__ = ["check_supported", "refuse_foreign_state"]
 
 _PLAIN = (Tensor, nn.Parameter, Buffer)
 
@@ -31,7 +31,8 @@ def check_supported(model: nn.Module, sent: Callable[[nn.Module], Collection[str
 
     Args:
         model: Of the owner. It is not changed.
-        sent: Finds the names of the tensors that clients are sent.
+        sent: Finds the names of the tensors that clients are sent, as
+            :meth:`fedveil.schemes.Scheme.tensors` does.
 
     Raises:
         ConfigurationError: It says what is in the way, and what to do.
@@ -40,7 +41,6 @@ def check_supported(model: nn.Module, sent: Callable[[nn.Module], Collection[str
         _check_module(name or "the model", module)
     for name, tensor in _tensors(model):
         _check_kind(name, tensor)
-    _check_state(model)
     names = sent(model)
     for name, tensor in _tensors(model):
         _check_type(name, tensor, is_sent=name in names)
@@ -124,8 +124,12 @@ def _check_type(name: str, tensor: Tensor, *, is_sent: bool) -> None:
         )
 
 
-def _check_state(model: nn.Module) -> None:
-    """Refuse a state dict with anything but the model's parameters and buffers in it."""
+def refuse_foreign_state(model: nn.Module) -> None:
+    """Refuse a state dict with anything but the model's parameters and buffers in it.
+
+    Raises:
+        ConfigurationError: It names what is neither.
+    """
     own = dict(_tensors(model))
     for name, value in model.state_dict(keep_vars=True).items():
         if own.get(name) is not value:

@@ -54,6 +54,7 @@ def units(
     from fedveil.config.file import load_config
     from fedveil.config.models import load_untouched
     from fedveil.config.rules import register_named_rule
+    from fedveil.removal import try_removal
     from fedveil.report.describe import unit_table
     from fedveil.state import read_state
     from fedveil.units import find_units, tried_units
@@ -78,7 +79,7 @@ def units(
         return
     wide_console().print(unit_table(read_state(owned), groups))
     try:
-        tried_units(owned, wanted)
+        try_removal(owned, tried_units(owned, wanted))
         say(
             wide_console(),
             "Tried on the model: nothing of a withheld unit is left in what is sent.",

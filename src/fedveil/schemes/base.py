@@ -17,6 +17,7 @@ from fedveil.state import StateDict, read_state
 from fedveil.units import UnitGroup
 from fedveil.units.ties import refuse_overlaps
 from fedveil.units.trial import Run
+from fedveil.unsupported import refuse_foreign_state
 from fedveil.wire import Message
 
 __all__ = [
@@ -206,9 +207,10 @@ class Scheme(ABC):
         """What is released and trained of a model: the model's own tensors, without a copy.
 
         Raises:
-            ConfigurationError: There is nothing of the kind in it, or two of its tensors share
-                memory without being one.
+            ConfigurationError: There is nothing of the kind in it, two of its tensors share memory
+                without being one, or its state holds what is neither parameter nor buffer.
         """
+        refuse_foreign_state(model)
         refuse_overlaps(model)
         return read_state(model)
 

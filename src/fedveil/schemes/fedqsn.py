@@ -21,6 +21,7 @@ from fedveil.aggregation import (
 from fedveil.errors import ConfigurationError
 from fedveil.masking import Draw, Masking, Masks, Policy, Release
 from fedveil.quantization import QuantizedTensor, quantize
+from fedveil.removal import try_removal
 from fedveil.schemes.adapters import (
     A_MATRICES,
     check_train_only,
@@ -214,7 +215,10 @@ class FedQSN(Scheme):
         Where both rates are 0 nothing is withheld, so that a model need not have any.
         """
         if self.server_mask or self.client_mask:
-            return tried_units(model, self.units, run)
+            groups = tried_units(model, self.units, run)
+            if self.shrink:
+                try_removal(model, groups, run)
+            return groups
         return units_if_known(model, self.units)
 
     def server(self, model: nn.Module, secret: Secret) -> FedQSNServer:

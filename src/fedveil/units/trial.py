@@ -29,7 +29,7 @@ from fedveil.units.group import Slice, UnitGroup
 from fedveil.units.layers import CONVOLUTIONS, input_axis
 from fedveil.units.probe import Probe, Watch
 
-__all__ = ["NO_RULE_NEEDED", "Run", "UntriedError", "try_units"]
+__all__ = ["NO_RULE_NEEDED", "Run", "UntriedError", "try_units", "withheld"]
 
 NO_RULE_NEEDED = (
     "Where nothing is withheld (public=... with rates of 0, as by default, or FedAvg) no rule is "
@@ -205,7 +205,7 @@ class _Trial:
         That need not be zero: behind a sigmoid it is not. It says nothing, as long as what computes
         it is withheld.
         """
-        cuts = {_layer(cut): (cut, _withheld(group)) for group, cut in self._readers()}
+        cuts = {_layer(cut): (cut, withheld(group)) for group, cut in self._readers()}
         steady: dict[str, bool] = {}
         for layer, value in watch.calls:
             cut, gone = cuts[layer]
@@ -225,7 +225,7 @@ class _Trial:
     ) -> None:
         self._probe.reset()
         for group in self._groups:
-            gone = _withheld(group, others=others)
+            gone = withheld(group, others=others)
             for cut in group.slices:
                 mine = fill == ("reading" if cut.scaled else "computing")
                 mine = mine and group.kind != "columns" and cut.tensor not in steady
@@ -241,7 +241,7 @@ class _Trial:
             group, module = last[layer], watch.modules[layer]
             channels = isinstance(module, (*CONVOLUTIONS, nn.modules.batchnorm._BatchNorm))
             axis = 1 if channels else output.dim() - 1
-            gone = _withheld(group).to(output.device)
+            gone = withheld(group).to(output.device)
             if output.shape[axis] == group.size and output.index_select(axis, gone).any():
                 raise _WrongError(_not_zero(layer, group))
 
@@ -285,7 +285,7 @@ class _Trial:
                 if (name, axis) in cut or not idle or any(s in name for s in self._shared):
                     continue
                 for group in groups:
-                    gone = _withheld(group, others=others)
+                    gone = withheld(group, others=others)
                     for place, was, now in _readings(before, used, group.size):
                         if _are_just(gone, was, now):
                             found.setdefault((name, axis, *place), group)
@@ -315,7 +315,7 @@ class _Trial:
 
     def _is_just_of(self, group: UnitGroup, place: Slice, *, others: bool) -> bool:
         """Whether a tensor has a say where units are, and none where they are withheld."""
-        gone, rest = _withheld(group, others=others), _withheld(group, others=not others)
+        gone, rest = withheld(group, others=others), withheld(group, others=not others)
         self._withhold("zeros", others=others)
         still = self._answer()
         self._probe.fill(place, gone, random=True)
@@ -346,7 +346,7 @@ def _are_just(gone: Tensor, before: Tensor, now: Tensor) -> bool:
     return most and not bool(now[mask].any()) and 2 * int(lost[~mask].sum()) < len(now[~mask])
 
 
-def _withheld(group: UnitGroup, *, others: bool = False) -> Tensor:
+def withheld(group: UnitGroup, *, others: bool = False) -> Tensor:
     """Half of a group's units, drawn for each group by itself; or the other half."""
     generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
     order = torch.randperm(group.size, generator=generator)
