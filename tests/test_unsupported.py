@@ -1,5 +1,6 @@
 """Models that cannot take part say so before anything starts, and what to do; odd tensors do."""
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -79,6 +80,35 @@ REFUSED = {
     "meta": (lambda: Net().to("meta"), "no data"),
     "meta buffer": (lambda: Net(buffer(torch.ones(3, device="meta"), persistent=False)), "no data"),
 }  # fmt: skip
+
+
+def adapted(change=lambda model: None):
+    """A net with an adapter, after something was done to it."""
+    config = peft.LoraConfig(target_modules=["first"], modules_to_save=["last"])
+    model = peft.get_peft_model(Net(), config)
+    change(model)
+    return model
+
+
+IDLE = {
+    "merged": (lambda model: model.merge_adapter(), r"merged.*unmerge_adapter"),
+    "disabled": (lambda model: model.base_model.disable_adapter_layers(), r"disabled.*enable_"),
+    "merged by its base": (lambda model: model.base_model.merge_adapter(), r"merged.*unload"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "scheme", [FedAvg(), FedLPP(), FedQSN(server_mask=0.0, client_mask=0.0)], ids=lambda s: s.name
+)
+@pytest.mark.parametrize("kind", IDLE)
+def test_adapters_that_the_model_does_not_compute_with_are_refused(kind, scheme):
+    """They would be sent, trained on nothing, and come back as they were."""
+    change, words = IDLE[kind]
+    settings = {"clients": [toys.rows(4)], "task": ImageClassification(), "scheme": scheme}
+    toys.federation(adapted(), **settings)
+    with pytest.raises(ConfigurationError, match=words):
+        toys.federation(adapted(change), **settings)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -73,6 +73,23 @@ def _check_module(name: str, module: nn.Module) -> None:
         )
     if getattr(module, "is_quantized", False) is True:
         raise _quantized(name, kind)
+    if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+        _check_adapter(name, module)
+
+
+def _check_adapter(name: str, layer: nn.Module) -> None:
+    """Refuse adapters that the model does not compute with: nothing would be trained."""
+    merged = getattr(layer, "merged", False) is True
+    if merged or getattr(layer, "disable_adapters", False) is True:
+        raise ConfigurationError(
+            "The model has adapters that it does not compute with, so that they cannot be trained",
+            expected="adapters that are in use",
+            found="adapters that are merged" if merged else "adapters that are disabled",
+            where=name,
+            fix="Call unmerge_adapter(), or merge_and_unload() for a model without them."
+            if merged
+            else "Call base_model.enable_adapter_layers(), or unload() for a model without them.",
+        )
 
 
 def _check_kind(name: str, tensor: Tensor) -> None:
