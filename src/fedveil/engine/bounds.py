@@ -57,7 +57,10 @@ class Bounds:
             Gram more than so many times the median trace of its layer's; what has more is scaled
             down to it. None for any.
         pull: No client's weight times the norm of its update is more than so many times the median
-            of the round's; what has more has its update scaled down. None for any.
+            of the round's; who has more weighs less. None for any. Its update stays as long as it
+            is: one that is shortened would hold the model back where it was, which costs an honest
+            client with much data more than a vote. What one client alone holds is bounded by
+            ``norm``.
 
     Does NOT protect: against what a client does within the bounds. An update of usual size that
     plants a backdoor is used like any other, every round anew; half of the clients or more can move
@@ -94,8 +97,12 @@ class Bounds:
 
     def apply(self, claims: Mapping[str, Claim]) -> dict[str, Bounded]:
         """What each reply of a round is given; in the order of the claims."""
+        norms = {client: claim.influence.update for client, claim in claims.items()}
+        longest = _most(self.norm, norms.values())
+        updates = {client: _scale(norm, longest) for client, norm in norms.items()}
         weights = self._weights(claims)
-        updates = self._update_scales(claims, weights)
+        lengths = {client: updates[client] * norms[client] for client in claims}
+        shares = self._shares(weights, lengths)
         most, times, bounded = self._most_statistics(claims), times_median(claims), {}
         for client, claim in claims.items():
             statistics = {
@@ -105,25 +112,24 @@ class Bounds:
             }
             update = updates[client]
             scales = Scales(update, statistics) if update < 1 or statistics else WHOLE
-            cuts = tuple(self._cuts(client, claim, weights[client], scales, times[client]))
-            bounded[client] = Bounded(weights[client], scales, cuts)
+            weight = weights[client] * shares[client]
+            pulled = shares[client] < 1
+            cuts = tuple(self._cuts(client, claim, weight, pulled, scales, times[client]))
+            bounded[client] = Bounded(weight, scales, cuts)
         return bounded
+
+    def _shares(
+        self, weights: Mapping[str, float], lengths: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Which share of its weight each client keeps, by its pull."""
+        pulls = {client: weight * lengths[client] for client, weight in weights.items()}
+        most = _most(self.pull, pulls.values())
+        return {client: _scale(pull, most) for client, pull in pulls.items()}
 
     def _weights(self, claims: Mapping[str, Claim]) -> dict[str, float]:
         counted = {client: self._counted(client, claim) for client, claim in claims.items()}
         most = _most(self.weight, counted.values())
         return {client: min(weight, most) for client, weight in counted.items()}
-
-    def _update_scales(
-        self, claims: Mapping[str, Claim], weights: Mapping[str, float]
-    ) -> dict[str, float]:
-        """By how much each update is scaled down: by its length, then by its pull."""
-        norms = {client: claim.influence.update for client, claim in claims.items()}
-        most = _most(self.norm, norms.values())
-        scales = {client: _scale(norm, most) for client, norm in norms.items()}
-        pulls = {client: weights[client] * scales[client] * norms[client] for client in claims}
-        most = _most(self.pull, pulls.values())
-        return {client: scales[client] * _scale(pulls[client], most) for client in claims}
 
     def _counted(self, client: str, claim: Claim) -> float:
         """The examples that a client is taken to have, before it is compared with others."""
@@ -138,18 +144,26 @@ class Bounds:
         return {name: _most(self.norm, found) for name, found in sizes.items()}
 
     def _cuts(
-        self, client: str, claim: Claim, weight: float, scales: Scales, times: float
+        self,
+        client: str,
+        claim: Claim,
+        weight: float,
+        pulled: bool,
+        scales: Scales,
+        times: float,
     ) -> Iterator[str]:
         declared = (self.examples or {}).get(client)
         if weight != float(claim.examples):
             why = "weight or max_examples"
             if declared is not None:
                 why = "as the owner declares" if weight == declared else f"{why}, of {declared}"
-            yield f"its claim of {claim.examples} examples counts as {weight:.0f} ({why})"
+            if pulled:
+                why = f"pull: its update is {times:.3g} times as long as the median"
+            yield f"its claim of {claim.examples} examples counts as {weight:.6g} ({why})"
         if scales.update < 1:
             yield (
                 f"its update is scaled from {times:.3g} to {times * scales.update:.3g} times the "
-                "median length (norm, and pull: weight times length)"
+                "median length (norm)"
             )
         if scales.statistics and self.norm is not None:
             worst = self.norm / min(scales.statistics.values())
