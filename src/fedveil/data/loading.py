@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedveil.data.csv_files import read_csv
 from fedveil.data.library import library, quiet
@@ -176,7 +176,7 @@ class _Twice(NamedTuple):
 
 
 def _record(twice: list[_Twice], pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A record of JSON; one in which a key stands twice is noted, of which Python keeps the last."""
+    """A record of JSON. One with a key twice is noted: Python keeps the last of its values."""
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
@@ -186,7 +186,7 @@ def _record(twice: list[_Twice], pairs: list[tuple[str, object]]) -> dict[str, o
 
 def _from_lines(
     path: Path, file: Iterable[str], decoder: json.JSONDecoder, twice: list[_Twice]
-) -> list[object]:
+) -> list[Any]:
     records = []
     for number, line in enumerate(file, start=1):
         if line.strip():
