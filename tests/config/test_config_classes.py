@@ -11,6 +11,7 @@ import transformers
 import toys
 from fedveil import ConfigurationError, Federation, TextClassification, Training
 from fedveil.config import build, load_config
+from fedveil.config.folders import check_folders
 from fedveil.config.models import load_model
 from fedveil.config.tables import ModelTable
 from fedveil.data import encode_labels
@@ -203,6 +204,41 @@ def test_with_a_new_head_the_order_is_that_of_the_data_and_nothing_is_left_of_th
     assert torch.equal(federation.model.state_dict()[pooler], old.state_dict()[pooler])
 
 
+@pytest.mark.parametrize("names", [[0, 1, 2], ["0", "1", "2"], ORDER, ["red", "green", "blue"]])
+@pytest.mark.parametrize("says", ["names", "nothing"])
+def test_a_new_head_is_new_whatever_the_labels_are(home, names, says):
+    old = transformers.BertForSequenceClassification.from_pretrained(home / "own")
+    unnamed = {"id2label": {str(n): f"LABEL_{n}" for n in range(3)}, "label2id": None}
+    settings = unnamed if says == "nothing" else None
+    model = federation_of(home, "", "new_head = true", rows_of(names), settings).model
+    assert not torch.isclose(model.classifier.weight, old.classifier.weight).any()
+    assert not torch.isclose(model.classifier.bias, old.classifier.bias).any()
+    again = federation_of(home, "", "new_head = true").model
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
+def test_a_new_head_is_new_in_a_list_of_numbers_too(home):
+    old = transformers.BertForSequenceClassification.from_pretrained(home / "own")
+    model = federation_of(home, 'labels = ["0", "1", "2"]', "new_head = true", rows_of([0, 1, 2]))
+    assert not torch.equal(model.model.classifier.weight, old.classifier.weight)
+
+
+def test_of_a_head_that_clients_hold_nothing_is_drawn_unless_the_file_says_so(home):
+    """What the owner releases keeps a head for as many classes, and so does what clients hold."""
+    old = transformers.BertForSequenceClassification.from_pretrained(home / "own")
+    for table in (ModelTable(name="own"), ModelTable(name="own", new_head=True)):
+        held = load_model(
+            table, "text-classification", ["red", "green", "blue"], home, seed=0, approved=object()
+        )
+        kept = torch.equal(held.classifier.weight, old.classifier.weight)
+        assert kept is not table.new_head
+    with pytest.raises(ConfigurationError, match="in another order"):
+        load_model(
+            ModelTable(name="own"), "text-classification", sorted(ORDER), home, seed=0,
+            approved=object(),
+        )  # fmt: skip
+
+
 def test_names_of_a_model_without_a_head_mean_nothing(home):
     whole = transformers.BertForSequenceClassification.from_pretrained(home / "own")
     whole.bert.save_pretrained(home / "own")
@@ -210,15 +246,91 @@ def test_names_of_a_model_without_a_head_mean_nothing(home):
     assert named(federation_of(home)) == sorted(ORDER)
 
 
+def publish(home, names, seed=5):
+    """A public model for these classes, in this order."""
+    settings = transformers.AutoConfig.from_pretrained(home / "own").to_dict()
+    settings |= {
+        "id2label": dict(enumerate(names)),
+        "label2id": {n: i for i, n in enumerate(names)},
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = transformers.BertConfig(**settings)
+        transformers.BertForSequenceClassification(config).save_pretrained(home / "public")
+    for path in (home / "own").glob("*token*"):
+        shutil.copy(path, home / "public")
+
+
+LENT = ('owner = "rows.json"', 'public = "public"')
+
+
+@pytest.mark.parametrize("names", [sorted(ORDER), [name.upper() for name in sorted(ORDER)]])
+@pytest.mark.parametrize("numbers", [None, [0, 1, 2]])
+def test_a_public_model_is_held_against_the_owners_whatever_the_data_say(home, names, numbers):
+    publish(home, names)
+    with pytest.raises(ConfigurationError, match=r"class 0 to be 'sports'.*public model 'public'"):
+        federation_of(home, *LENT, rows=rows_of(numbers))
+
+
+@pytest.mark.parametrize("own", ["unnamed", "new"])
+def test_labels_decide_where_the_owners_model_has_no_order_as_the_error_says(home, own):
+    publish(home, ORDER)
+    model = LENT[1] + ("\nnew_head = true" if own == "new" else "")
+    settings = {"id2label": {str(n): f"LABEL_{n}" for n in range(3)}, "label2id": None}
+    with pytest.raises(ConfigurationError, match="the data say") as caught:
+        federation_of(home, LENT[0], model, settings=settings if own == "unnamed" else None)
+    line = caught.value.fix.partition("write ")[2].partition(" in [data]")[0]
+    assert line == f"labels = {json.dumps(ORDER)}"
+    assert named(federation_of(home, f"{LENT[0]}\n{line}", model)) == ORDER
+
+
+def test_a_public_model_without_a_head_is_taken_as_the_error_says(home):
+    publish(home, sorted(ORDER))
+    whole = transformers.BertForSequenceClassification.from_pretrained(home / "public")
+    whole.bert.save_pretrained(home / "public")
+    federation = federation_of(home, *LENT)
+    assert federation.configuration()["fresh"] == ["*classifier.*"]
+
+
+def test_a_public_model_for_other_classes_keeps_its_head(home):
+    publish(home, ["red", "green", "blue"])
+    public = transformers.BertForSequenceClassification.from_pretrained(home / "public")
+    federation = federation_of(home, *LENT)
+    assert torch.equal(federation.released.classifier.weight, public.classifier.weight)
+
+
+def test_a_public_model_that_a_function_makes_is_held_against_the_owners_too(home, monkeypatch):
+    publish(home, sorted(ORDER))
+    monkeypatch.syspath_prepend(str(home))
+    (home / "made_in_public.py").write_text(
+        "from pathlib import Path\nimport transformers\n"
+        "def model():\n"
+        "    return transformers.BertForSequenceClassification.from_pretrained(\n"
+        "        Path(__file__).parent / 'public')\n"
+    )
+    model = 'public = "made_in_public:model"\ntokenizer = "own"'
+    with pytest.raises(ConfigurationError, match="public model 'made_in_public:model' says"):
+        federation_of(home, LENT[0], model)
+
+
+def test_a_dry_run_says_that_the_public_model_has_another_order(home):
+    publish(home, sorted(ORDER))
+    (home / "f.toml").write_text(FILE.format(data=LENT[0], model=LENT[1]))
+    with pytest.raises(ConfigurationError, match="public model 'public' says"):
+        check_folders(load_config(home / "f.toml"))
+
+
 def test_a_public_model_for_the_same_classes_in_another_order_is_refused(home):
-    shutil.copytree(home / "own", home / "public")
-    path = home / "public" / "config.json"
-    settings = json.loads(path.read_text())
-    names = sorted(ORDER)
-    settings |= {"id2label": dict(enumerate(names)), "label2id": None}
-    path.write_text(json.dumps(settings))
-    with pytest.raises(ConfigurationError, match="in another order"):
+    publish(home, sorted(ORDER))
+    with pytest.raises(ConfigurationError, match="in another order") as caught:
         federation_of(home, 'owner = "rows.json"', 'public = "public"')
+    assert caught.value.expected == (
+        "class 0 to be 'sports', as the id2label of your model 'own' says"
+    )
+    assert caught.value.found == (
+        "class 0 to be 'business', as the id2label of the public model 'public' says"
+    )
+    assert "`labels` in [data] change neither" in caught.value.fix
 
 
 def test_a_function_with_a_model_of_another_order_is_refused(home, monkeypatch):

@@ -108,3 +108,57 @@ def test_of_a_partners_own_file_are_the_owners(tmp_path):
     assert rows.clients["clinic"].to_list() == [
         {"text": "12", "label": 1}, {"text": "13", "label": 0},
     ]  # fmt: skip
+
+
+def both_orders(one, other):
+    return [pytest.param(one, other, id="numbers-names"), pytest.param(other, one, id="reversed")]
+
+
+NUMBERS, NAMES = ("numbers such as '0'", ["0", "1"]), ("names such as 'art'", ["art", "tech"])
+
+
+@pytest.mark.parametrize(("one", "other"), both_orders(NUMBERS, NAMES))
+class TestNumbersHereAndNamesThere:
+    def test_of_clients_are_refused(self, tmp_path, one, other):
+        with pytest.raises(DataError, match="numbers in one place") as caught:
+            federation(tmp_path, [one[1], one[1], other[1]])
+        assert (
+            caught.value.found
+            == f"{one[0]} in client c0 (0.csv) and {other[0]} in client c2 (2.csv)"
+        )
+        assert "`labels` in [data]" in caught.value.fix
+
+    @pytest.mark.parametrize("which", ["test", "owner"])
+    def test_of_the_owner_are_refused(self, tmp_path, one, other, which):
+        lines = "".join(f"text,{label}\n" for label in other[1])
+        (tmp_path / "own.csv").write_text(f"text,label\n{lines}")
+        public = 'public = "y"' if which == "owner" else ""
+        with pytest.raises(DataError, match="numbers in one place") as caught:
+            federation(tmp_path, [one[1]], f'{which} = "own.csv"', public)
+        assert f"{one[0]} in client c0 (0.csv) and {other[0]} in the" in caught.value.found
+        assert caught.value.found.endswith("(own.csv)")
+
+    def test_of_the_list_and_the_rows_are_refused(self, tmp_path, one, other):
+        with pytest.raises(DataError, match="numbers in one place") as caught:
+            federation(tmp_path, [other[1]], f"labels = {one[1]}")
+        assert caught.value.found == (
+            f"{one[0]} in `labels` in [data] and {other[0]} in client c0 (0.csv)"
+        )
+        assert "`labels` as the rows do" in caught.value.fix
+
+    def test_of_a_partner_are_refused(self, tmp_path, one, other):
+        (tmp_path / "data.csv").write_text(f"text,label\na,{other[1][0]}\n")
+        (tmp_path / "partner.toml").write_text(
+            '[partner]\nname = "clinic"\n[model]\nname = "x"\n'
+            f'[data]\ntrain = "data.csv"\nlabels = {one[1]}\n'
+        )
+        with pytest.raises(DataError, match=r"labels.* and .*client clinic \(data\.csv\)"):
+            load_rows(load_config(tmp_path / "partner.toml"))
+
+    def test_are_taken_if_they_are_listed(self, tmp_path, one, other):
+        names = [*one[1], *other[1]]
+        assert federation(tmp_path, [one[1], other[1]], f"labels = {names}").names == names
+
+    def test_are_taken_if_a_file_has_both(self, tmp_path, one, other):
+        files = [one[1], other[1], ["0", "art"]]
+        assert federation(tmp_path, files).names == ["0", "1", "art", "tech"]

@@ -77,6 +77,21 @@ def test_a_text_may_be_longer_than_the_csv_library_takes_by_itself(tmp_path):
     assert csv.field_size_limit() == before
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text,label,\na,b,\nc,d,\n",
+        "text,label,\na,b\nc,d,\n",
+        "text,label,,\na,b,,\nc,d, ,\n",
+        "text, ,,label\na,,,b\nc,,,d\n",
+        ",text,label\n,a,b\n,c,d\n",
+    ],
+)
+def test_columns_without_a_name_and_anything_in_them_are_none(tmp_path, content):
+    rows = loaded(tmp_path, content)
+    assert rows.to_list() == [{"text": "a", "label": "b"}, {"text": "c", "label": "d"}]
+
+
 def test_lines_without_anything_are_no_rows(tmp_path):
     assert len(loaded(tmp_path, "text,label\r\n\r\na,b\r\n\r\n")) == 1
 
@@ -88,6 +103,13 @@ def test_lines_without_anything_are_no_rows(tmp_path):
         ("text,label\na,b,\n", r"more values.*row 0 \(line 2\)"),
         ('text,label\n"a\nb",x\nc\n', r"fewer values.*row 1 \(line 4\).*found 1"),
         ("text,text\na,b\n", "two of its columns have one name.*found 'text'"),
+        ("text,label,,text\na,b,,\n", "two of its columns have one name.*found 'text'"),
+        ("text,label,\na,b,\nc,d,e\n", r"line 3, column 3\).*column 3 of 3, found 'e'"),
+        (",text,label\n0,a,b\n", r"line 2, column 1\).*found '0'.*index=False"),
+        ("text, ,,label\na,,1,b\n", r"without a name.*line 2, column 3\)"),
+        ("text,,label\na,\n", r"fewer values.*row 0 \(line 2\)"),
+        ("text,label,\na,b,,\n", r"more values.*row 0 \(line 2\)"),
+        (",\na,b\n", r"without a name.*line 2, column 1"),
         ("text;label\na;b\n", "not separated by commas.*semicolons"),
         ("text\tlabel\na, b\tc\n", "not separated by commas.*tabs"),
         ('text,label\na,b\n"c,d\ne,f\n', "line 3.*never closed"),
@@ -127,6 +149,22 @@ def test_records_that_no_table_holds(tmp_path, content, message):
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(DataError, match=message):
         load_data(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '[{"x": 1}, {"x": 1, "y": 2, "x": 1}]', r"a\.json, row 1\).*found 'x'"),
+        ("a.jsonl", '{"x": 1}\n\n{"y": 1, "y": 2}\n', r"a\.jsonl, line 3\).*found 'y'"),
+        ("a.json", '[{"m": []}, {"m": [{"role": 1, "role": 2}]}]', r"row 1\).*found 'role'"),
+        ("a.jsonl", '{"m": [{"n": {"role": 1, "role": 2}}]}', r"line 1\).*found 'role'"),
+        ("a.json", '[{"x": 1, "\\u0078": 2}]', r"row 0\).*found 'x'"),
+    ],
+)
+def test_records_with_a_key_twice_are_refused_and_both_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_data(tmp_path / name)
 
 
 def test_records_may_begin_with_a_byte_order_mark(tmp_path):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
 
 from fedveil.config.file import Config
 from fedveil.config.names import explained, place_of
-from fedveil.config.tables import is_function
+from fedveil.config.tables import RANDOM, ModelTable, is_function
 from fedveil.data.library import quiet_transformers
+from fedveil.errors import ConfigurationError
 from fedveil.training.classes import (
     contradiction,
+    first_swapped,
     in_stated_order,
     same_classes,
     stated_classes,
 )
 
-__all__ = ["settled_classes", "stated_in"]
+__all__ = ["check_public_order", "settled_classes", "stated_in"]
 
 
 def stated_in(place: str) -> list[str] | None:
@@ -67,3 +73,69 @@ def settled_classes(config: Config, found: Sequence[str]) -> list[str]:
     numbered = given == [str(number) for number in range(len(given))]
     rest = range(len(given), len(stated))
     return [*given, *(str(number) if numbered else stated[number] for number in rest)]
+
+
+def check_public_order(
+    table: ModelTable,
+    names: Sequence[str],
+    folder: Path,
+    own: nn.Module | None = None,
+    public: nn.Module | None = None,
+) -> None:
+    """Refuse a public model with the owner's classes in another order, if both can be told.
+
+    What clients teach one output would be added to that of another class. A public model for other
+    classes is none of this: its head has only begun elsewhere.
+
+    Args:
+        table: Names both.
+        names: The classes in order, as the data spell them.
+        folder: What paths are relative to.
+        own: The owner's, if a function made it: its folder says it otherwise.
+        public: Likewise.
+
+    Raises:
+        ConfigurationError: The order is another.
+    """
+    if table.public is None or table.public == RANDOM or not names:
+        return
+    theirs = _stated_by(table.public, folder, public)
+    kept = is_function(table.name) or not table.new_head
+    mine = _stated_by(table.name, folder, own) if kept else None
+    if theirs is None or (number := first_swapped(theirs, names if mine is None else mine)) is None:
+        return
+    said = f"class {number} to be {{!r}}, as {{}}".format
+    raise ConfigurationError(
+        "The public model has its classes in another order than yours",
+        expected=said(names[number], "the data say")
+        if mine is None
+        else said(mine[number], f"the id2label of your model {table.name!r} says"),
+        found=said(theirs[number], f"the id2label of the public model {table.public!r} says"),
+        where="[model] public",
+        fix=_fix_of_order(theirs, known=mine is not None),
+    )
+
+
+def _stated_by(name: str, folder: Path, model: nn.Module | None) -> list[str] | None:
+    """The classes that a model names in order, which may be known only once it is made."""
+    if not is_function(name):
+        return stated_in(place_of(name, folder))
+    settings = getattr(model, "config", None)
+    return None if settings is None else stated_classes(settings, name)
+
+
+def _fix_of_order(theirs: Sequence[str], *, known: bool) -> str:
+    """What helps; `labels` do only where the owner's model has no order of its own."""
+    fitting = (
+        "Take a public model with the order of yours, or one without a head, which then gets a new "
+        "one."
+    )
+    if not known:
+        return (
+            f"If your model has that order, too, or begins with a new head, write labels = "
+            f"{json.dumps([*theirs], ensure_ascii=False)} in [data]. If not: {fitting}"
+        )
+    return (
+        "If one of the two is not what the model's outputs are, correct id2label and label2id in "
+        f"that model's config.json. If both are right: {fitting} `labels` in [data] change neither."
+    )

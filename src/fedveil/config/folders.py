@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedveil.config.classes import settled_classes
+from fedveil.config.classes import check_public_order, settled_classes
 from fedveil.config.file import Config
 from fedveil.config.models import architecture_class
 from fedveil.config.names import explained, place_of
@@ -75,6 +75,8 @@ def check_folders(config: Config) -> None:
     if public is None or theirs is None:
         return
     _check_weights(config, public)
+    if config.data.has_classes and not is_function(config.model.name):
+        check_public_order(config.model, names, config.path.parent)
     if own is not None:
         _check_alike(config, public, config.model.num_labels or len(names) or 2)
 

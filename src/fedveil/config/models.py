@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedveil.config.adapters import add_adapter, load_adapter
-from fedveil.config.classes import stated_in
+from fedveil.config.classes import check_public_order, stated_in
 from fedveil.config.code import Approved
 from fedveil.config.foreign import refuse_code, refuse_imports, refuse_pickles
 from fedveil.config.names import explained, find_function, made_by, place_of
@@ -22,7 +22,7 @@ from fedveil.config.tables import RANDOM, ModelTable, is_function
 from fedveil.config.tokenizers import load_tokenizer
 from fedveil.data.library import quiet_transformers
 from fedveil.errors import ConfigurationError
-from fedveil.training.classes import check_classes, contradiction, same_classes
+from fedveil.training.classes import check_classes, contradiction, first_swapped, same_classes
 
 __all__ = [
     "Pair",
@@ -73,8 +73,11 @@ def load_model(
             in another order; at a client's also if it wants code of its own to be run, or has its
             weights in a pickle.
     """
+    # Clients hold what the owner releases, whose head is new only if the file says so.
+    holds = approved is not None and weights and not is_function(table.name)
+    lent = holds and not table.new_head
     with _drawing(seed):
-        model, new = _load(table, task, names, folder, weights, approved)
+        model, new = _load(table, task, names, folder, weights, approved, lent)
         return _adapted(model, table, task, folder, new, approved)
 
 
@@ -128,6 +131,7 @@ def load_pair(
         own, mine = _load(table, task, names, folder)
     with _drawing(seed):
         public, new = _load(released, task, names, folder, weights=not drawn, lent=True)
+    check_public_order(table, names, folder, own, public)
     alike = mine & (public.state_dict().keys() if drawn else new)
     _copy(alike, public, own)
     # Both are of one architecture: what begins at random in one is trained whole in both.
@@ -153,7 +157,7 @@ def _released(table: ModelTable) -> tuple[ModelTable, bool]:
             where="[model] public",
         )
     name = table.name if drawn else table.public
-    return table.model_copy(update={"name": name, "new_head": True}), drawn
+    return table.model_copy(update={"name": name}), drawn
 
 
 @torch.no_grad()
@@ -184,7 +188,8 @@ def _load(
 ) -> tuple[nn.Module, set[str]]:
     """The model without its adapter, and what in it its folder has no values of, if one has any.
 
-    One that is lent is released in the owner's place: a head of its own may have been for others.
+    One that is lent is released in the owner's place: a head of its own may have been for others,
+    and is replaced where it is of another size alone.
     """
     classes = table.num_labels or len(names)
     if classes < len(names):
@@ -276,15 +281,15 @@ class _Pretrained(NamedTuple):
             model, info = kind.from_pretrained(
                 self.place,
                 dtype=self._dtype,
-                ignore_mismatched_sizes=self.table.new_head,
+                ignore_mismatched_sizes=self.table.new_head or self.lent,
                 output_loading_info=True,
                 **words,
             )
         mismatched = {name for name, *_ in info["mismatched_keys"]}
         new = {*info["missing_keys"], *mismatched}
         _check_loaded(model, mismatched, new, self.place)
-        if self._has_other_head(stated) and not mismatched:
-            new |= _begin_anew(model)
+        if self.table.new_head and self.classes and not self.lent:
+            new |= _begin_anew(model, new)
         return model, new
 
     @property
@@ -297,14 +302,11 @@ class _Pretrained(NamedTuple):
         stated = stated_in(self.place) if self.classes and self.names else None
         if stated is None or same_classes(stated, self.names):
             return stated
-        other_order = sorted(stated) == sorted(self.names)
-        if other_order if self.lent else not self.table.new_head:
+        # Of a lent one the owner has compared the order with that of the model that it stands for.
+        swapped = self.guarded and first_swapped(stated, self.names) is not None
+        if not self.table.new_head and (swapped or not self.lent):
             raise contradiction(stated, self.names, self.place)
         return stated
-
-    def _has_other_head(self, stated: Sequence[str] | None) -> bool:
-        """Whether there is a head for as many classes, but others, that is to be replaced."""
-        return stated is not None and not self.lent and not same_classes(stated, self.names)
 
     def _words(self, stated: list[str] | None) -> dict[str, Any]:
         """What is loaded otherwise than the folder says."""
@@ -363,9 +365,14 @@ def _of_classes(model: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
-def _begin_anew(model: nn.Module) -> set[str]:
-    """Draw the last layer of the head, which is for other classes; the names of its tensors."""
+def _begin_anew(model: nn.Module, new: AbstractSet[str]) -> set[str]:
+    """Draw the last layer of the head, unless it is new; the names of its tensors.
+
+    Whether it was for other classes does not matter: of numbers nobody could tell.
+    """
     names = _of_classes(model)
+    if names <= new:
+        return names
     for module in {name.rpartition(".")[0] for name in names}:
         layer = model.get_submodule(module)
         reset = getattr(layer, "reset_parameters", None)

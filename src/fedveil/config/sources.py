@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedveil.config.classes import settled_classes
 from fedveil.config.file import Config
@@ -24,6 +25,7 @@ __all__ = ["Rows", "class_names", "is_file", "load_rows", "load_source", "load_t
 _SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 _TRAIN, _TEST, _OWNER = "the training set", "the test set", "the owner's data"
 _TUNED = "the rows of the owner's tuning"
+_UNKNOWN = "a label is not among"
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,16 @@ def load_rows(config: Config) -> Rows:
     }
     names, encoded = [], parts
     if data.has_classes:
-        known = data.labels or class_names(parts, data.label, config.model.num_labels)
+        places = _places(config, parts)
+        known = data.labels or class_names(parts, data.label, config.model.num_labels, places)
         names = settled_classes(config, known)
-        encoded = {who: _encode(rows, who, data.label, names) for who, rows in parts.items()}
-        lent = {
-            who: None if rows is None else _encode(rows, who, data.label, names)
-            for who, rows in lent.items()
-        }
+        given = partial(_given, config, parts, places)
+
+        def encode(who: str, rows: datasets.Dataset) -> datasets.Dataset:
+            return _encode(rows, who, data.label, names, given, places[who])
+
+        encoded = {who: encode(who, rows) for who, rows in parts.items()}
+        lent = {who: None if rows is None else encode(who, rows) for who, rows in lent.items()}
     if config.partition is None:
         clients: Mapping[str, datasets.Dataset] = dict(zip(files, encoded.values(), strict=True))
     else:
@@ -119,7 +124,9 @@ def _rows_of_partner(config: Config) -> Rows:
     names = data.labels or []
     if data.has_classes:
         names = settled_classes(config, names)
-        rows = _encode(rows, f"client {name}", data.label, names)
+        who = f"client {name}"
+        given = partial(_given, config, {}, {})
+        rows = _encode(rows, who, data.label, names, given, f"{who} ({data.train})")
     return Rows({name: rows}, None, None, None, names)
 
 
@@ -170,8 +177,41 @@ def _draw(rows: datasets.Dataset, limit: int | None, seed: int) -> datasets.Data
     return rows.shuffle(seed=seed, keep_in_memory=True).select(range(limit), keep_in_memory=True)
 
 
+class _Given(NamedTuple):
+    """Where the classes of a federation come from, and some of them as they stand there."""
+
+    place: str
+    names: Sequence[str]
+    listed: bool
+
+
+def _places(config: Config, parts: Collection[str]) -> dict[str, str]:
+    """Whose rows are where, for people: all that :func:`load_rows` loads."""
+    data = config.data
+    sources: dict[str, str | None] = {_TEST: data.test, _OWNER: data.owner, _TUNED: data.tuned}
+    sources |= dict(zip(parts, config.clients.values() or [data.train], strict=False))
+    if config.is_rehearsal:  # whose files are copies
+        return {who: who for who in sources}
+    return {who: f"{who} ({source})" for who, source in sources.items()}
+
+
+def _given(
+    config: Config, parts: Mapping[str, datasets.Dataset], places: Mapping[str, str]
+) -> _Given | None:
+    """Where classes come from: the file's list, else whoever's rows are first; None if no one's."""
+    data = config.data
+    if data.labels is not None:
+        return _Given("`labels` in [data]", data.labels, listed=True)
+    for who, rows in parts.items():
+        return _Given(places[who], _names(rows, who, data.label), listed=False)
+    return None
+
+
 def class_names(
-    parts: Mapping[str, datasets.Dataset], label: str, num_labels: int | None
+    parts: Mapping[str, datasets.Dataset],
+    label: str,
+    num_labels: int | None,
+    places: Mapping[str, str] | None = None,
 ) -> list[str]:
     """The classes of all clients together, numbers in the order of numbers.
 
@@ -179,11 +219,18 @@ def class_names(
         parts: Rows, by whose they are.
         label: The column of classes.
         num_labels: How many classes the model has, if the file says.
+        places: What errors call those whose rows they are, if it is something else.
 
     Raises:
-        DataError: There is no such column, or it names no classes; the error says whose it is.
+        DataError: There is no such column, or it names no classes; the error says whose it is. Or
+            some write numbers, and others names.
     """
     found = {who: _names(rows, who, label) for who, rows in parts.items()}
+    known = [_Given((places or {}).get(who, who), names, False) for who, names in found.items()]
+    # Where one has both, both are classes: "1", "2" and "other".
+    for other in known[1:] if all(_kind(one.names) for one in known) else ():
+        if (error := _mixture(known[0], other, label)) is not None:
+            raise error
     first, *others = found.values()
     union = in_order({name for names in found.values() for name in names})
     if not all(map(is_whole_number, union)):
@@ -213,11 +260,17 @@ def _tell_of_likes(names: Sequence[str], label: str) -> None:
 def _gist(name: str) -> str:
     """What a name of a class says, however it is written."""
     plain = unicodedata.normalize("NFKC", name).strip().casefold()
+    number = _number(plain)
+    return plain if number is None else str(number)
+
+
+def _number(plain: str) -> Decimal | None:
+    """The number that a text can be read as, in its plainest form; None if it can be as none."""
     with suppress(ArithmeticError):
         number = Decimal(plain)
         if number.is_finite():
-            return str(number.normalize())
-    return plain
+            return number.normalize()
+    return None
 
 
 def _names(rows: datasets.Dataset, who: str, label: str) -> list[str]:
@@ -227,17 +280,62 @@ def _names(rows: datasets.Dataset, who: str, label: str) -> list[str]:
         raise _blame(who, error) from error
 
 
-def _encode(rows: datasets.Dataset, who: str, label: str, names: Sequence[str]) -> datasets.Dataset:
+def _encode(
+    rows: datasets.Dataset,
+    who: str,
+    label: str,
+    names: Sequence[str],
+    given: Callable[[], _Given | None],
+    place: str,
+) -> datasets.Dataset:
     try:
         return encode_labels(rows, label, names=names)[0]
     except DataError as error:
+        if error.problem.startswith(_UNKNOWN) and (source := given()) is not None:
+            here = _Given(place, _names(rows, who, label), listed=False)
+            if (mixture := _mixture(source, here, label)) is not None:
+                raise mixture from error
         raise _blame(who, error) from error
+
+
+def _mixture(one: _Given, other: _Given, label: str) -> DataError | None:
+    """The error for classes that are numbers here and names there; None if they are not."""
+    kinds = [_kind(given.names) for given in (one, other)]
+    if None in kinds or kinds[0] == kinds[1]:
+        return None
+    found = " and ".join(
+        f"{kind} such as {given.names[0]!r} in {given.place}"
+        for kind, given in zip(kinds, (one, other), strict=True)
+    )
+    if one.listed:
+        fix = (
+            "Write `labels` as the rows do, class for class in the same order, or the rows as they."
+        )
+    else:
+        fix = (
+            "Write the same in all of them. If all are classes of their own, list them in `labels` "
+            "in [data]; a model that names its classes then needs `new_head = true`."
+        )
+    return DataError(
+        "Labels are numbers in one place, and names in another",
+        expected="the same in all: numbers, or names",
+        found=found,
+        where=f'column "{label}"',
+        fix=fix,
+    )
+
+
+def _kind(names: Sequence[str]) -> str | None:
+    """Whether classes are numbers or names; None if there are both, or some like "01" or "1.0"."""
+    if names and all(map(is_whole_number, names)):
+        return "numbers"
+    return None if any(_number(name) is not None for name in names) or not names else "names"
 
 
 def _blame(who: str, error: DataError) -> DataError:
     where = f"{who}, {error.where}" if error.where else who
     fix = error.fix
-    if error.problem.startswith("a label is not among"):
+    if error.problem.startswith(_UNKNOWN):
         fix = (
             "Classes are taken as they are written, and are those of the training rows; `labels` "
             "in [data] may name others."

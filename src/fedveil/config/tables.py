@@ -54,7 +54,8 @@ class ModelTable(Table):
         num_labels: Number of classes; by default as many as the data have.
         tokenizer: A folder or hub name, if it is not the model's.
         dtype: What the weights are loaded as.
-        new_head: Replace a classification head of another size by a new one.
+        new_head: Begin with a new classification head, whatever head the model has. That of a
+            public model stays.
         lora: Settings of ``peft.LoraConfig``: adds an adapter, which alone is trained.
         adapter: A folder with an adapter that PEFT saved, to go on training instead of a new one.
         rule: "module:RULE": a :class:`fedveil.units.Rule`, or a function that returns one, for a

@@ -45,7 +45,7 @@ def read_csv(path: Path, *, numbers: bool) -> datasets.Dataset:
     """The rows of a file in UTF-8 (with or without a mark at its start) with a header.
 
     Every cell is text as it stands, and an empty one is missing. Lines without anything are no
-    rows.
+    rows. A column without a name, such as one after a last comma, is none if nothing is in it.
 
     Args:
         path: Of the file.
@@ -88,13 +88,18 @@ def _read(path: Path, lines: _Lines) -> tuple[list[str], list[list[str | None]]]
         )
     names = header[1]
     _check_header(path, names)
-    columns: list[list[str | None]] = [[] for _ in names]
+    named = [place for place, name in enumerate(names) if name.strip()]
+    # What a row lacks of nameless columns at the end is nothing.
+    lengths = range(max(named, default=0) + 1, len(names) + 1)
+    columns: list[list[str | None]] = [[] for _ in named]
     for number, (line, row) in enumerate(_rows(path, lines)):
-        if len(row) != len(names):
+        if len(row) not in lengths:
             raise _odd_row(path, number, line, row, names)
-        for column, cell in zip(columns, row, strict=True):
-            column.append(cell or None)
-    return names, columns
+        if len(named) < len(names):
+            _check_nameless(path, line, row, names)
+        for column, place in zip(columns, named, strict=True):
+            column.append(row[place] or None)
+    return [names[place] for place in named], columns
 
 
 def _rows(path: Path, lines: _Lines) -> Iterator[tuple[int, list[str]]]:
@@ -130,7 +135,7 @@ def _check_header(path: Path, names: Sequence[str]) -> None:
                     where=str(path),
                     fix="Save it as comma-separated values.",
                 )
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted({name for name in names if name.strip() and names.count(name) > 1})
     if twice:
         raise DataError(
             "the file cannot be read: two of its columns have one name",
@@ -139,6 +144,20 @@ def _check_header(path: Path, names: Sequence[str]) -> None:
             where=f"{path}, its first line",
             fix="Rename or remove one of them.",
         )
+
+
+def _check_nameless(path: Path, line: int, row: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a cell with something in it whose column has no name."""
+    for place, (name, cell) in enumerate(zip(names, row, strict=False)):
+        if cell.strip() and not name.strip():
+            raise DataError(
+                "the file cannot be read: a column without a name has something in it",
+                expected=f"a name in the first line for column {place + 1} of {len(names)}",
+                found=repr(cell)[:80],
+                where=f"{path}, line {line}, column {place + 1}",
+                fix="Name or remove it. pandas writes such a column of row numbers unless it is "
+                "told to_csv(..., index=False).",
+            )
 
 
 def _odd_row(

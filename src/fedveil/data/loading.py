@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedveil.data.csv_files import read_csv
 from fedveil.data.library import library, quiet
@@ -148,18 +149,75 @@ def _read_csv(path: Path, numbers: bool) -> datasets.Dataset:
 
 def _read_json(path: Path, numbers: bool) -> datasets.Dataset:
     # Not with pandas, which guesses at dates and so would change texts.
+    twice: list[_Twice] = []
+    decoder = json.JSONDecoder(object_pairs_hook=partial(_record, twice))
     with path.open(encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".jsonl":
-            records = [json.loads(line) for line in file if line.strip()]
+            records = _from_lines(path, file, decoder, twice)
         else:
-            records = json.load(file)
+            records = decoder.decode(file.read())
     if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
         raise ValueError("not a list of records")
+    if twice:
+        row = next(number for number, one in enumerate(records) if _holds(one, twice[0].record))
+        raise _key_twice(f"{path}, row {row}", twice[0].key)
     # Dataset.from_list would drop every column that the first record lacks.
     names = dict.fromkeys(name for row in records for name in row)
     columns = {name: [row.get(name) for row in records] for name in names}
     _check_types(path, columns)
     return library("datasets").Dataset.from_dict(columns)
+
+
+class _Twice(NamedTuple):
+    """A record in which a key stands twice."""
+
+    record: dict[str, object]
+    key: str
+
+
+def _record(twice: list[_Twice], pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A record of JSON. One with a key twice is noted: Python keeps the last of its values."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice.append(_Twice(record, next(name for name in names if names.count(name) > 1)))
+    return record
+
+
+def _from_lines(
+    path: Path, file: Iterable[str], decoder: json.JSONDecoder, twice: list[_Twice]
+) -> list[Any]:
+    records = []
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            records.append(decoder.decode(line))
+        if twice:
+            raise _key_twice(f"{path}, line {number}", twice[0].key)
+    return records
+
+
+def _holds(value: object, record: dict[str, object]) -> bool:
+    """Whether a value of JSON is a record, this very one, or has it inside."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if one is record:
+            return True
+        if isinstance(one, dict):
+            waiting.extend(one.values())
+        elif isinstance(one, list):
+            waiting.extend(one)
+    return False
+
+
+def _key_twice(where: str, key: str) -> DataError:
+    return DataError(
+        "the file cannot be read: a record has a key twice",
+        expected="each key once in a record",
+        found=repr(key)[:80],
+        where=where,
+        fix="Rename or remove one of them: which of the values is meant would be a guess.",
+    )
 
 
 def _check_types(path: Path, columns: Mapping[str, Sequence[object]]) -> None:

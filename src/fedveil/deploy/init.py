@@ -254,7 +254,7 @@ def _partner_file(config: Config, released: nn.Module, name: str) -> str:
         model["lora"] = {k: v for k, v in config.model.lora.items() if k not in _OF_THE_OWNERS_BASE}
         if whole := saved_whole(released):  # without weights nobody there sees what is new
             model["lora"]["modules_to_save"] = whole
-    if config.scheme.clients_hold_rest and (config.model.new_head or config.model.public):
+    if config.scheme.clients_hold_rest and config.model.new_head and not config.model.public:
         model["new_head"] = True
     if config.model.rule is not None:
         model["rule"] = config.model.rule

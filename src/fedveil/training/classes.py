@@ -17,6 +17,7 @@ __all__ = [
     "check_classes",
     "check_stated",
     "contradiction",
+    "first_swapped",
     "in_stated_order",
     "same_classes",
     "stated_classes",
@@ -103,6 +104,18 @@ def same_classes(stated: Sequence[str], given: Sequence[str]) -> bool:
     if list(given) == [str(number) for number in range(len(given))]:
         return True
     return all(_bare(one) == _bare(other) for one, other in zip(given, stated, strict=False))
+
+
+def first_swapped(one: Sequence[str], other: Sequence[str]) -> int | None:
+    """The number of the first class that two orders of the same classes disagree about.
+
+    Returns:
+        None if the order is the same, or the classes are not: of those nothing is known.
+    """
+    mine, theirs = [*map(_bare, one)], [*map(_bare, other)]
+    if mine == theirs or sorted(mine) != sorted(theirs):
+        return None
+    return next(number for number, name in enumerate(mine) if name != theirs[number])
 
 
 def check_classes(model: nn.Module, given: Sequence[str], where: str) -> None:
