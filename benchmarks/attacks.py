@@ -19,7 +19,7 @@ from pathlib import Path
 import transformers
 from results import Results
 
-from fedveil.audit import Evidence, Kept, Stage
+from fedveil.audit import Evidence, Kept
 from fedveil.audit.attacks import fill, heal, union
 from fedveil.demo import (
     OF_PUBLIC,
@@ -31,6 +31,7 @@ from fedveil.demo import (
     prepare,
 )
 from fedveil.demo import fast_matmul as fast
+from fedveil.federation import Stage
 
 ROUNDS = 12
 LAST = (1, 2, 4, 8)

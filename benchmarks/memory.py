@@ -32,8 +32,8 @@ from rich.table import Table
 from torch import nn
 
 from fedveil import Federation, FedQSN, Secret, Training
-from fedveil.engine.checkpoint import Checkpoint, CheckpointFolder
-from fedveil.engine.records import RoundRecord
+from fedveil.run.checkpoint import Checkpoint, CheckpointFolder
+from fedveil.run.records import RoundRecord
 from fedveil.schemes import ServerState
 from fedveil.schemes.global_model import GlobalModel
 from fedveil.shards import SHARD_BYTES, load_into, save_shards

@@ -28,10 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedveil import Federation, FedQSN, ImageClassification, Secret, TextClassification, Training
-from fedveil.audit import Evidence, Kept, Manifest, Proxy
+from fedveil.audit import Evidence, Kept
 from fedveil.audit.attacks import fill, union
 from fedveil.audit.tracing import Trace, read_model, trace
 from fedveil.quantization import quantize
+from fedveil.run import Manifest, Proxy
 from fedveil.state import read_state
 from fedveil.training import Task
 

@@ -15,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 import fedveil
-from fedveil.engine import RoundRecord
 from fedveil.errors import FedveilError, TrainingError
 from fedveil.log import LOG, PlainRecords
 from fedveil.printable import one_line, printable
 from fedveil.report import ConsoleProgress
 from fedveil.report.markup import tag
+from fedveil.run import RoundRecord
 from fedveil.screen import PlainConsole
 
 HOSTILE = [

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fedveil
-from fedveil.engine import RoundRecord
+from fedveil.run import RoundRecord
 from fedveil.schemes import FedAvg, FedQSN, Scheme
 from speed import budgets
 from speed.children import ChildError, require, rows_of_child

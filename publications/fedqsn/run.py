@@ -26,8 +26,9 @@ from scenes import SCENES, Scene
 from tables import draw, page, table
 
 from fedveil import Federation, Secret, Tuning
-from fedveil.audit import Audit, Evidence, audit
+from fedveil.audit import Evidence, audit
 from fedveil.engine import Evaluation
+from fedveil.run import Audit
 from fedveil.training import evaluate
 from fedveil.training.metrics import metric_named, metric_of
 

@@ -6,7 +6,7 @@ updates, and the server adds these to the full-precision model that nobody else 
 """
 
 from fedveil.aggregation import Mean, RegMean
-from fedveil.engine import Bounds, Evaluation, Observer, RoundRecord
+from fedveil.engine import Bounds, Evaluation, Observer
 from fedveil.errors import (
     CheckpointError,
     ConfigurationError,
@@ -19,6 +19,7 @@ from fedveil.errors import (
 )
 from fedveil.federation import Federation, Result, Tuning
 from fedveil.merging import MergeStatistics, merge, statistics_of
+from fedveil.run import RoundRecord
 from fedveil.schemes import FedAvg, FedLPP, FedQSN, Scheme
 from fedveil.secret import Secret
 from fedveil.training import (

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import toys
-from fedveil.audit import Evidence, Manifest
+from fedveil.audit import Evidence
 from fedveil.quantization import quantize
+from fedveil.run import Manifest
 from fedveil.state import read_state
 from fedveil.wire import Dense, Message, UnitIndex
 

@@ -11,10 +11,11 @@ from torch import nn
 
 import fedveil
 import toys
-from fedveil.audit import Attacked, Audit, Checked, Evidence, Exposure, Manifest, audit
+from fedveil.audit import Evidence, audit
 from fedveil.audit.attacks import between, can_forge
 from fedveil.audit.words import sentence, title
 from fedveil.errors import AuditError, ConfigurationError
+from fedveil.run import Attacked, Audit, Checked, Exposure, Manifest
 from fedveil.schemes import FedAvg, FedQSN
 from fedveil.state import load_state, read_state
 from fedveil.training import ImageClassification, Training

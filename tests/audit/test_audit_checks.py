@@ -19,10 +19,11 @@ from audit_samples import (
 )
 
 import toys
-from fedveil.audit import Evidence, Manifest, check, guessing
+from fedveil.audit import Evidence, check, guessing
 from fedveil.audit.chance import chance_to_miss
 from fedveil.errors import CheckpointError, ConfigurationError
 from fedveil.quantization import quantize
+from fedveil.run import Manifest
 from fedveil.schemes import EXACT, Facts, FedAvg, FedLPP, FedQSN
 from fedveil.wire import Dense, Message, UnitIndex
 

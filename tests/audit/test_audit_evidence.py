@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import toys
-from fedveil.audit import Evidence, Manifest
+from fedveil.audit import Evidence
 from fedveil.errors import AuditError, CheckpointError
+from fedveil.run import Manifest
 from fedveil.schemes import FedAvg, FedQSN
 from fedveil.wire import Message
 

@@ -15,11 +15,12 @@ from torch import nn
 
 import toys
 from fedveil import ConfigurationError, Federation, FedLPP, FedQSN
-from fedveil.audit import Attacked, Audit, Evidence, Stage, audit
+from fedveil.audit import Evidence, audit
 from fedveil.audit.attacks import distil, fill, union
 from fedveil.audit.untrained import untrained
 from fedveil.audit.words import sentence
-from fedveil.federation import Result
+from fedveil.federation import Result, Stage
+from fedveil.run import Attacked, Audit
 from fedveil.schemes import Scheme
 from fedveil.state import load_state, read_state
 from fedveil.training import Training, evaluate

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 import toys
-from fedveil.audit import Manifest
 from fedveil.audit.tracing import fit, read_model
 from fedveil.errors import AuditError, FedveilError
+from fedveil.run import Manifest
 from fedveil.shards import save_shards
 from fedveil.state import read_state
 from fedveil.units import find_units

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import toys
 from fedveil.audit import Evidence
 from fedveil.audit.attacks import fill, union
-from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import AuditError, FedveilError
+from fedveil.run.folder import RunFolder
 
 FILE = """
 [model]

@@ -9,7 +9,7 @@ import sys
 import pytest
 from cli_samples import run_fedveil
 
-from fedveil.engine.run_folder import RunFolder
+from fedveil.run.folder import RunFolder
 
 
 def open_to_others(folder):

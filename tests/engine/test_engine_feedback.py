@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from fedveil import CheckpointError, FedAvg, FedQSN, Observer
-from fedveil.engine.memory import ClientFiles
-from fedveil.engine.run_folder import RunFolder
+from fedveil.run.client_files import ClientFiles
+from fedveil.run.folder import RunFolder
 from toys import federation, mlp, same, weights
 
 SCHEMES = {

@@ -24,10 +24,10 @@ from fedveil import (
     Training,
     TrainingError,
 )
-from fedveil.engine.checkpoint import CheckpointFolder
 from fedveil.engine.crew import Answer
 from fedveil.engine.in_process import InTurn
 from fedveil.errors import FedveilWarning
+from fedveil.run.checkpoint import CheckpointFolder
 from fedveil.schemes.fedavg import FedAvgServer
 from fedveil.training import Trainer
 from fedveil.wire import Dense, Message

@@ -21,9 +21,9 @@ from test_flower_crew import Keys, changed
 import fedveil
 import toys
 from fedveil import Bounds, ConfigurationError, FedQSN, ProtocolError
-from fedveil.audit import Exposure, Manifest
 from fedveil.flower import ByNode, ModelPrivacy, Patience, proxy_mod
 from fedveil.flower.payload import pack, unpack
+from fedveil.run import Exposure, Manifest
 from fedveil.updates import SMALL
 from fedveil.wire import Dense
 from fedveil.wire import Message as Wire

@@ -31,9 +31,9 @@ from fedveil import (
     TrainingError,
     shards,
 )  # fmt: skip
-from fedveil.engine.checkpoint import CheckpointFolder
 from fedveil.engine.crew import Answer, Job
 from fedveil.engine.in_process import InTurn, Pool
+from fedveil.run.checkpoint import CheckpointFolder
 from fedveil.schemes.fedqsn import FedQSNServer
 from process import CLIENTS, SCHEME, standard
 from toys import (

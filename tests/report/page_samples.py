@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from fedveil import Evaluation, Federation, FedQSN, ImageClassification, Secret, Training
-from fedveil.audit import Attacked, Audit, Checked, ClientExposure, Manifest, UpdateGuess
-from fedveil.audit.manifest import TensorInfo
-from fedveil.engine import RoundRecord
+from fedveil.run import Attacked, Audit, Checked, ClientExposure, Manifest, RoundRecord, UpdateGuess
+from fedveil.run.manifest import TensorInfo
 
 ATTACKS = ("latest", "union", "average", "distillation of answers")
 LIMITS = (

@@ -7,10 +7,10 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from fedveil.engine import RoundRecord
 from fedveil.federation import Result
 from fedveil.report import ConsoleProgress, plot, summarize, table, write_summary
 from fedveil.report.words import human_bytes, human_percent, human_seconds, share
+from fedveil.run import RoundRecord
 
 
 def record(number, accuracy=None, **changes):

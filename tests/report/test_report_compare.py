@@ -7,11 +7,11 @@ from matplotlib.image import imread
 from page_samples import SCHEME, audit, records, write_run
 from rich.console import Console
 
-from fedveil.audit.manifest import TensorInfo
 from fedveil.errors import AuditError, CheckpointError, ConfigurationError
 from fedveil.report.compare import compare, mean_of
 from fedveil.report.comparison_table import comparison_table
 from fedveil.report.frontier import plot_frontier
+from fedveil.run.manifest import TensorInfo
 
 FEDAVG = {"name": "fedavg"}
 

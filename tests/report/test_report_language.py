@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from page_samples import SCHEME, audit, in_nats, records, spoken, write_run
 from rich.console import Console
 
-from fedveil.engine import RoundRecord
 from fedveil.errors import ConfigurationError
 from fedveil.federation import Result
 from fedveil.report import plot, summarize, table, write_summary
@@ -19,7 +18,8 @@ from fedveil.report.compare import compare
 from fedveil.report.comparison_table import comparison_table
 from fedveil.report.frontier import plot_frontier
 from fedveil.report.page import page
-from fedveil.report.run_folder import RunFolder
+from fedveil.report.reading import RunFolder
+from fedveil.run import RoundRecord
 from fedveil.training.metrics import metric_named
 
 

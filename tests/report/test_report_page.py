@@ -15,11 +15,11 @@ import pytest
 from matplotlib.image import imread
 from page_samples import attacked, audit, hostile, real_run, records, write_run
 
-from fedveil.audit import ClientExposure
 from fedveil.errors import AuditError, CheckpointError, FedveilError
 from fedveil.report.curves import best
 from fedveil.report.heatmap import heat_map
 from fedveil.report.page import write_page
+from fedveil.run import ClientExposure
 from fedveil.training.metrics import metric_named
 
 CHROMIUM = shutil.which("chromium")

@@ -6,24 +6,11 @@ the public base; only the federation secret is withheld from him.
 
 from fedveil.audit.auditing import audit
 from fedveil.audit.checks import check
-from fedveil.audit.evidence import Evidence, Kept, Proxy
-from fedveil.audit.exposure import Exposure
-from fedveil.audit.findings import Attacked, Audit, Checked, ClientExposure, UpdateGuess
-from fedveil.audit.manifest import Manifest
-from fedveil.audit.stage import Stage
+from fedveil.audit.evidence import Evidence, Kept
 
 __all__ = [
-    "Attacked",
-    "Audit",
-    "Checked",
-    "ClientExposure",
     "Evidence",
-    "Exposure",
     "Kept",
-    "Manifest",
-    "Proxy",
-    "Stage",
-    "UpdateGuess",
     "audit",
     "check",
 ]

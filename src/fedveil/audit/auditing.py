@@ -32,8 +32,12 @@ from fedveil.audit.attacks import (
 from fedveil.audit.attacks.distillation import scores_of
 from fedveil.audit.checks import check
 from fedveil.audit.evidence import Evidence, Kept
-from fedveil.audit.exposure import Exposure
-from fedveil.audit.findings import (
+from fedveil.audit.untrained import untrained
+from fedveil.audit.words import NOT_PROTECTED, sentence
+from fedveil.errors import AuditError, ConfigurationError
+from fedveil.federation.stage import Stage, State
+from fedveil.run.exposure import Exposure
+from fedveil.run.findings import (
     BASE,
     NAMED,
     NOTHING,
@@ -42,10 +46,6 @@ from fedveil.audit.findings import (
     Audit,
     ClientExposure,
 )  # fmt: skip
-from fedveil.audit.stage import Stage, State
-from fedveil.audit.untrained import untrained
-from fedveil.audit.words import NOT_PROTECTED, sentence
-from fedveil.errors import AuditError, ConfigurationError
 from fedveil.schemes import Facts
 from fedveil.state import fingerprint, load_state
 from fedveil.training.guessing import no_better_than_chance

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fedveil.audit.chance import chance_to_miss
-from fedveil.audit.evidence import Evidence, Kept, OvershownError, Proxy
-from fedveil.audit.exposure import NAME as LEDGER
-from fedveil.audit.exposure import Exposure
-from fedveil.audit.findings import ALARM, NOT_APPLICABLE, SOUND, Checked, Outcome
+from fedveil.audit.evidence import Evidence, Kept
 from fedveil.audit.guessing import FEWEST, SEEDS, guess_masks, guessed_group, rates_to_try
-from fedveil.audit.manifest import TensorInfo
 from fedveil.quantization import QuantizedTensor
+from fedveil.run.exposure import Exposure
+from fedveil.run.findings import ALARM, NOT_APPLICABLE, SOUND, Checked, Outcome
+from fedveil.run.head import NAME as LEDGER
+from fedveil.run.manifest import TensorInfo
+from fedveil.run.shown import OvershownError, Proxy
 from fedveil.schemes import EXACT, Bits, Facts
 from fedveil.schemes.adapters import is_adapter
 from fedveil.units import UnitGroup

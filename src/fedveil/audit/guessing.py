@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from fedveil.audit.evidence import Proxy
+from fedveil.run.shown import Proxy
 from fedveil.units import UnitGroup
 
 __all__ = ["FEWEST", "SEEDS", "guess_masks", "guessed_group", "rates_to_try"]

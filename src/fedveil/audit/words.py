@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from fedveil.audit.findings import (
+from fedveil.run.findings import (
     ALARM,
     BASE,
     NAMED,

@@ -17,9 +17,9 @@ from fedveil.screen import PlainConsole
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fedveil.audit import Audit
     from fedveil.config import Config
     from fedveil.federation import Federation
+    from fedveil.run import Audit
 
 Run = Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]
 
@@ -62,11 +62,12 @@ def audit(
 
       fedveil audit runs/federation --coalition 1 --coalition 5
     """
-    from fedveil.audit import Evidence, Manifest
+    from fedveil.audit import Evidence
     from fedveil.audit import audit as attack
-    from fedveil.engine.run_folder import RunFolder
     from fedveil.report.audit_table import attack_table, check_lines, inferred_line
     from fedveil.report.page import write_page
+    from fedveil.run import Manifest
+    from fedveil.run.folder import RunFolder
 
     console = PlainConsole()
     Manifest.read(run)  # a folder that is none is not made
@@ -230,8 +231,8 @@ def _reopen(run: Path) -> tuple[Config, Federation]:
     Raises:
         AuditError: No file describes it, or the file has gone.
     """
-    from fedveil.audit import Manifest
     from fedveil.config import build, load_config
+    from fedveil.run import Manifest
 
     file = Manifest.read(run).config_file
     if file is None or not Path(file).is_file():

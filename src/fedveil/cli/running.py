@@ -86,7 +86,7 @@ def run(
       fedveil run federation.toml --dry-run   [dim]in a minute, without downloads[/dim]
     """
     from fedveil.config import load_config, open_secret
-    from fedveil.engine.run_folder import RunFolder
+    from fedveil.run.folder import RunFolder
 
     folder = str(out.absolute()) if out is not None else None
     config = load_config(file).change(rounds=rounds, workers=workers, out=folder)
@@ -119,7 +119,8 @@ def _work(
 ) -> Result:
     """Run the federation of a file, wherever its clients are."""
     from fedveil.config import build
-    from fedveil.report import ConsoleProgress, watched
+    from fedveil.engine.trackers import watched
+    from fedveil.report import ConsoleProgress
 
     with (
         ConsoleProgress(console) as progress,
@@ -245,8 +246,8 @@ def _results(config: Config) -> list[str]:
 
 def _report(console: Console, config: Config, result: Result) -> None:
     from fedveil.config import save_model
-    from fedveil.engine.run_folder import RunFolder
     from fedveil.report import plot, summarize, table, write_summary
+    from fedveil.run.folder import RunFolder
 
     seconds = sum(record.seconds for record in result.rounds)
     schemes = {config.scheme_name: summarize(config.scheme_name, result, seconds=seconds)}
@@ -269,8 +270,8 @@ def _report(console: Console, config: Config, result: Result) -> None:
 def _generate(console: Console, config: Config, result: Result) -> dict[str, float]:
     """Let the tuned model answer the test set; its scores."""
     from fedveil.config import answer_test
-    from fedveil.engine.run_folder import RunFolder
     from fedveil.report import show_answers, write_answers
+    from fedveil.run.folder import RunFolder
 
     with console.status("The tuned model answers the test set"):
         answers = answer_test(config, result.global_model)

@@ -23,9 +23,9 @@ from fedveil.config.tokenizers import (
 from fedveil.drawing import KeyedDraws
 from fedveil.engine import Observer
 from fedveil.engine.in_process import Workplace, bare_architecture
-from fedveil.engine.memory import ClientFiles
 from fedveil.errors import ConfigurationError
 from fedveil.federation import Federation, Remote, Tuning
+from fedveil.run.client_files import ClientFiles
 from fedveil.secret import Secret
 from fedveil.training import (
     Answers,

@@ -27,10 +27,10 @@ from fedveil.demo.setting import fast_matmul, offline
 from fedveil.engine import Evaluation, Observer
 from fedveil.engine.crew import threads
 from fedveil.engine.in_process import start_importing
-from fedveil.engine.run_folder import RunFolder
 from fedveil.federation import Federation, Result, Tuning
 from fedveil.report import ConsoleProgress, plot, summarize, table, write_summary
 from fedveil.report.page import write_page
+from fedveil.run.folder import RunFolder
 from fedveil.schemes import FedAvg, FedQSN, Scheme
 from fedveil.screen import PlainConsole
 from fedveil.secret import Secret

@@ -2,7 +2,7 @@
 
 from fedveil.engine.bounds import Bounds
 from fedveil.engine.observer import Observer
-from fedveil.engine.records import RoundRecord
 from fedveil.engine.rounds import Evaluation, Rounds
+from fedveil.engine.trackers import watched
 
-__all__ = ["Bounds", "Evaluation", "Observer", "RoundRecord", "Rounds"]
+__all__ = ["Bounds", "Evaluation", "Observer", "Rounds", "watched"]

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from fedveil.engine.beginning import Beginning
 from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, threads
-from fedveil.engine.memory import ClientFiles
 from fedveil.engine.sending import (
     bytes_of_tensors,
     fits_shared_memory,
@@ -34,6 +33,7 @@ from fedveil.engine.sending import (
     written_out,
 )
 from fedveil.errors import ConfigurationError, FedveilError, TrainingError
+from fedveil.run.client_files import ClientFiles
 from fedveil.schemes import ClientSide, Scheme
 from fedveil.state import architecture_of
 from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate

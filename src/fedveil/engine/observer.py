@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedveil.engine.records import RoundRecord
+from fedveil.run.records import RoundRecord
 
 __all__ = ["Observer"]
 

@@ -15,18 +15,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fedveil.audit import Exposure, Manifest
 from fedveil.engine.beginning import Beginning
 from fedveil.engine.bounds import Bounded, Bounds, Claim, times_median
-from fedveil.engine.checkpoint import KEPT, Checkpoint, CheckpointFolder
 from fedveil.engine.closing import Closing, Outcome
 from fedveil.engine.crew import Answer, Crew, Desk, Job, Measures, order_of, seed_of, threads
-from fedveil.engine.ledger import open_ledger
-from fedveil.engine.memory import ClientFiles
 from fedveil.engine.observer import Observer
 from fedveil.engine.outliers import far_from_others
-from fedveil.engine.records import RoundRecord
-from fedveil.engine.run_folder import RunFolder
 from fedveil.engine.spool import Spool
 from fedveil.engine.verdict import Verdict
 from fedveil.errors import (
@@ -37,6 +31,12 @@ from fedveil.errors import (
     ProtocolError,
 )
 from fedveil.files import write_whole
+from fedveil.run import Exposure, Manifest
+from fedveil.run.checkpoint import KEPT, Checkpoint, CheckpointFolder
+from fedveil.run.client_files import ClientFiles
+from fedveil.run.folder import RunFolder
+from fedveil.run.ledger import open_ledger
+from fedveil.run.records import RoundRecord
 from fedveil.schemes import ServerSide, examples_of
 from fedveil.secret import Secret
 from fedveil.state import load_state, read_state

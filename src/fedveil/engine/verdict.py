@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fedveil.engine.bounds import Claim, times_median
-from fedveil.engine.records import RoundRecord
 from fedveil.errors import TrainingError
+from fedveil.run.records import RoundRecord
 from fedveil.schemes.health import loss_problem
 
 __all__ = ["Verdict"]

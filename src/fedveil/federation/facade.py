@@ -10,14 +10,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fedveil.audit import Manifest, Stage
-from fedveil.engine import Evaluation, Observer, RoundRecord, Rounds
+from fedveil.engine import Evaluation, Observer, Rounds
 from fedveil.engine.bounds import Bounds
-from fedveil.engine.checkpoint import KEPT, CheckpointFolder
 from fedveil.engine.crew import Crew
 from fedveil.engine.in_process import Workplace, bare_architecture, workers
-from fedveil.engine.memory import ClientFiles
-from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import AuditError, ConfigurationError
 from fedveil.federation.clients import (
     Remote,
@@ -37,6 +33,11 @@ from fedveil.federation.settings import (
     check_limit,
     check_return,
 )
+from fedveil.federation.stage import Stage
+from fedveil.run import Manifest, RoundRecord
+from fedveil.run.checkpoint import KEPT, CheckpointFolder
+from fedveil.run.client_files import ClientFiles
+from fedveil.run.folder import RunFolder
 from fedveil.schemes import Facts, FedQSN, Scheme, ServerSide, Transfer, check_public
 from fedveil.schemes.likeness import Likeness, check_likeness, likeness_of
 from fedveil.secret import Secret

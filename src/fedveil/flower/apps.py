@@ -18,14 +18,15 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedveil.config import Config, build, build_workplace, load_config, save_model
 from fedveil.engine.patience import Patience
-from fedveil.engine.run_folder import RunFolder
+from fedveil.engine.trackers import watched
 from fedveil.errors import ConfigurationError
 from fedveil.federation import Result
 from fedveil.flower.agreement import settings_of
 from fedveil.flower.client import Partner, client_app
 from fedveil.flower.crew import FlowerCrew
 from fedveil.flower.directory import ByKey
-from fedveil.report import ConsoleProgress, watched
+from fedveil.report import ConsoleProgress
+from fedveil.run.folder import RunFolder
 
 __all__ = ["FEDERATION", "PARTNER", "client", "find_partner", "run", "server"]
 

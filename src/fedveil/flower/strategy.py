@@ -19,16 +19,16 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from fedveil.aggregation import WHOLE, Average, Observed, Replay, Scales
-from fedveil.audit import Exposure, Manifest
 from fedveil.engine.bounds import Bounded, Bounds, Claim, lower_median
 from fedveil.engine.crew import seed_of
-from fedveil.engine.ledger import open_ledger
 from fedveil.engine.patience import Patience
-from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import ConfigurationError, FedveilError, ProtocolError
 from fedveil.flower.directory import ByNode, Directory
 from fedveil.flower.payload import pack, unpack
 from fedveil.log import LOG
+from fedveil.run import Exposure, Manifest
+from fedveil.run.folder import RunFolder
+from fedveil.run.ledger import open_ledger
 from fedveil.schemes import Facts, Scheme, examples_of, with_aggregation
 from fedveil.secret import Secret
 from fedveil.selection import Selection

@@ -5,7 +5,6 @@ from fedveil.report.console import ConsoleProgress
 from fedveil.report.plot import plot
 from fedveil.report.summary import summarize, write_summary
 from fedveil.report.table import table
-from fedveil.report.trackers import watched
 
 __all__ = [
     "ConsoleProgress",
@@ -13,7 +12,6 @@ __all__ = [
     "show_answers",
     "summarize",
     "table",
-    "watched",
     "write_answers",
     "write_summary",
 ]

@@ -8,11 +8,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedveil.audit import Attacked, Audit, Checked
-from fedveil.audit.findings import ALARM, NOT_APPLICABLE, SOUND, Outcome
 from fedveil.audit.tracing import Match, Trace
 from fedveil.audit.words import title
 from fedveil.report.words import human_measure
+from fedveil.run import Attacked, Audit, Checked
+from fedveil.run.findings import ALARM, NOT_APPLICABLE, SOUND, Outcome
 from fedveil.training.metrics import Metric, metric_named
 
 __all__ = ["attack_table", "by_outcome", "check_lines", "inferred_line", "trace_table"]

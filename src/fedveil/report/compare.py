@@ -11,7 +11,7 @@ from typing import Any
 
 from fedveil.errors import ConfigurationError
 from fedveil.report.curves import best
-from fedveil.report.run_folder import RunFolder
+from fedveil.report.reading import RunFolder
 from fedveil.training.metrics import Metric, metric_in
 
 __all__ = ["Compared", "Comparison", "Value", "compare", "mean_of", "values_of"]

@@ -16,9 +16,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from fedveil.engine import Observer, RoundRecord
+from fedveil.engine import Observer
 from fedveil.printable import one_line
 from fedveil.report.words import human_bytes, human_percent, human_seconds
+from fedveil.run import RoundRecord
 from fedveil.screen import PlainConsole
 from fedveil.training.metrics import metric_in
 

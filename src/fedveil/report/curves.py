@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from fedveil.audit import Attacked
-from fedveil.report.run_folder import RunFolder
+from fedveil.report.reading import RunFolder
+from fedveil.run import Attacked
 from fedveil.training.metrics import Metric, metric_named
 
 __all__ = [

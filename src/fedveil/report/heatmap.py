@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from fedveil.audit import ClientExposure
 from fedveil.report.markup import Html, scrolling, tag
+from fedveil.run import ClientExposure
 
 __all__ = ["STEPS", "heat_map", "most_shown"]
 

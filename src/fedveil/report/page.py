@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedveil.engine.run_folder import RunFolder as OwnedFolder
 from fedveil.errors import CheckpointError
 from fedveil.files import write_whole
 from fedveil.report import privacy_sections as privacy
 from fedveil.report import run_sections as about
 from fedveil.report.markup import Html, Node, tag
-from fedveil.report.run_folder import RunFolder
+from fedveil.report.reading import RunFolder
 from fedveil.report.style import style_sheet
+from fedveil.run.folder import RunFolder as OwnedFolder
 
 __all__ = ["page", "write_page"]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from shlex import quote
 
-from fedveil.audit import Attacked, Checked, UpdateGuess
-from fedveil.audit.findings import ALARM, NOT_APPLICABLE, SOUND, Outcome
 from fedveil.report.audit_table import by_outcome
 from fedveil.report.charts import Chart, draw
 from fedveil.report.curves import (
@@ -19,8 +17,10 @@ from fedveil.report.curves import (
 )
 from fedveil.report.heatmap import heat_map, most_shown
 from fedveil.report.markup import Html, Node, listing, table, tag
-from fedveil.report.run_folder import RunFolder
+from fedveil.report.reading import RunFolder
 from fedveil.report.words import DASH, human_measure, human_percent, human_seconds
+from fedveil.run import Attacked, Checked, UpdateGuess
+from fedveil.run.findings import ALARM, NOT_APPLICABLE, SOUND, Outcome
 from fedveil.training.metrics import Metric
 
 __all__ = [

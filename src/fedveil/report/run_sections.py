@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fedveil.engine import RoundRecord
 from fedveil.report.charts import Chart, draw
 from fedveil.report.curves import best, byte_lines, loss_lines
 from fedveil.report.markup import Html, Node, table, tag
-from fedveil.report.run_folder import RunFolder
+from fedveil.report.reading import RunFolder
 from fedveil.report.words import (
     DASH,
     human_bytes,
@@ -19,6 +18,7 @@ from fedveil.report.words import (
     human_seconds,
     share,
 )
+from fedveil.run import RoundRecord
 
 __all__ = [
     "clients", "configuration", "key_figures", "on_adapters", "rounds", "traffic", "words",

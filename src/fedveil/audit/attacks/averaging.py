@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fedveil.audit.attacks.loot import Loot
-from fedveil.audit.evidence import Evidence, Kept, Proxy
+from fedveil.audit.evidence import Evidence, Kept
+from fedveil.run.shown import Proxy
 
 __all__ = ["average", "intersect"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedveil.audit.attacks.loot import Loot
-from fedveil.audit.manifest import Manifest
+from fedveil.run.manifest import Manifest
 
 __all__ = ["fill"]
 

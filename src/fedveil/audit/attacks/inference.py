@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedveil.audit.evidence import Evidence, Kept, Proxy
-from fedveil.audit.findings import UpdateGuess
+from fedveil.audit.evidence import Evidence, Kept
 from fedveil.quantization import QuantizedTensor
+from fedveil.run.findings import UpdateGuess
+from fedveil.run.shown import Proxy
 from fedveil.wire import Dense, Message
 
 __all__ = ["UpdateGuess", "infer_updates"]

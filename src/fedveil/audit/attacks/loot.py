@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedveil.audit.evidence import Proxy
-from fedveil.audit.manifest import Manifest
+from fedveil.run.manifest import Manifest
+from fedveil.run.shown import Proxy
 
 __all__ = ["Loot"]
 

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedveil.audit.evidence import Proxy
 from fedveil.audit.tracing.masks import Bools, UnitMap
+from fedveil.run.shown import Proxy
 
 __all__ = ["Amounts", "Leak", "Reference"]
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedveil.audit.manifest import Manifest
 from fedveil.errors import AuditError, FedveilError
+from fedveil.run.manifest import Manifest
 from fedveil.shards import Shards, open_shards
 
 __all__ = ["fit", "read_model"]

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedveil.audit.evidence import Evidence, Kept, Proxy
-from fedveil.audit.manifest import Manifest
+from fedveil.audit.evidence import Evidence, Kept
 from fedveil.errors import AuditError
+from fedveil.run.manifest import Manifest
+from fedveil.run.shown import Proxy
 from fedveil.units import Slice
 
 __all__ = ["Bools", "Candidate", "Masks", "UnitMap", "check_traceable"]

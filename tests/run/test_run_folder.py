@@ -15,11 +15,11 @@ import torch
 
 import toys
 from fedveil import CheckpointError, FedQSN, FedveilError, Observer
-from fedveil.engine.memory import ClientFiles
-from fedveil.engine.run_folder import RunFolder
 from fedveil.report import write_summary
 from fedveil.report.page import write_page
-from fedveil.report.run_folder import RunFolder as ReadFolder
+from fedveil.report.reading import RunFolder as ReadFolder
+from fedveil.run.client_files import ClientFiles
+from fedveil.run.folder import RunFolder
 from process import standard
 
 SCRIPT = Path(__file__).parent.parent / "process.py"
@@ -233,13 +233,13 @@ def _without_heads(folder, work):
     """Work on a checkpoint whose records know nothing of chained ledgers."""
     with pytest.MonkeyPatch.context() as patch:
         read = RoundRecordFromJson()
-        patch.setattr("fedveil.engine.checkpoint.RoundRecord.from_json", read)
+        patch.setattr("fedveil.run.checkpoint.RoundRecord.from_json", read)
         return work()
 
 
 class RoundRecordFromJson:
     def __call__(self, values):
-        from fedveil.engine.records import RoundRecord
+        from fedveil.run.records import RoundRecord
 
         return RoundRecord(**{**values, "ledger": None})
 
@@ -320,7 +320,7 @@ class TestOneAtATime:
         def no_locks(*arguments, **options):
             raise OSError(37, "No locks available")
 
-        monkeypatch.setattr("fedveil.engine.run_folder.FileLock.acquire", no_locks)
+        monkeypatch.setattr("fedveil.run.folder.FileLock.acquire", no_locks)
         with pytest.warns(UserWarning, match=r"has no locks.*No locks available"):
             run(tmp_path)
         assert len(toys.metrics(tmp_path)) == 1

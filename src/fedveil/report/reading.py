@@ -12,11 +12,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedveil.audit import Audit, ClientExposure, Exposure, Manifest
-from fedveil.engine import RoundRecord
-from fedveil.engine.ledger import check_ledger
-from fedveil.engine.run_folder import RunFolder as OwnedFolder
 from fedveil.errors import AuditError, CheckpointError
+from fedveil.run import Audit, ClientExposure, Exposure, Manifest, RoundRecord
+from fedveil.run.folder import RunFolder as OwnedFolder
+from fedveil.run.ledger import check_ledger
 from fedveil.schemes import scheme_class, scheme_names
 from fedveil.training.metrics import Metric, metric_in, metric_named
 

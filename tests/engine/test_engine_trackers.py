@@ -9,9 +9,9 @@ import pytest
 
 import toys
 from fedveil import ConfigurationError, Observer
-from fedveil.engine import RoundRecord
-from fedveil.report import trackers, watched
-from fedveil.report.trackers import numbers_of
+from fedveil.engine import trackers
+from fedveil.engine.trackers import numbers_of, watched
+from fedveil.run import RoundRecord
 
 RECORD = RoundRecord(
     1,

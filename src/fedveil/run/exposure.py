@@ -2,174 +2,28 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedveil.audit.evidence import Proxy
-from fedveil.audit.manifest import Manifest
 from fedveil.errors import CheckpointError
-from fedveil.files import PRIVATE_FILE, read_record, write_whole
+from fedveil.files import PRIVATE_FILE, write_whole
 from fedveil.masking import Release
+from fedveil.run.head import EMPTY, HEAD, NAME, RESTORE, Head, link_of
+from fedveil.run.manifest import Manifest
+from fedveil.run.shown import Proxy, Shown
 from fedveil.selection import Selection
 from fedveil.wire import Message
 
-__all__ = ["HEAD", "NAME", "Exposure", "Shown"]
-
-NAME, HEAD = "exposure.jsonl", "exposure.head"
-FORMAT = 1
-"""Of the head. A ledger whose lines are not chained is of the version before there was one."""
-
-_HEAD_BYTES = 256
-"""Of the head's file: always as long, and less than what a disk writes at once."""
-
-_RESTORE = (
-    f"Every release must be listed: restore {NAME} and {HEAD} from a copy, or begin a new run."
-)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """How far the ledger goes, kept apart from it: a ledger that was cut off is then seen.
-
-    Attributes:
-        lines: Lines that it has at least.
-        size: Their bytes.
-        last: The link that a line after them carries.
-    """
-
-    lines: int
-    size: int
-    last: str
-
-    @classmethod
-    def read(cls, path: Path) -> _Head | None:
-        """The head in a file; None if there is no file.
-
-        Raises:
-            CheckpointError: It cannot be read.
-        """
-        if not path.exists():
-            return None
-        absent = CheckpointError("The head of the exposure ledger has gone", where=str(path))
-        try:
-            return read_record(path, FORMAT, cls._of, CheckpointError, absent)
-        except CheckpointError as error:
-            raise CheckpointError(
-                "The head of the exposure ledger cannot be used",
-                found=error.found or error.problem,
-                where=str(path),
-                fix=_RESTORE,
-            ) from error
-
-    @classmethod
-    def _of(cls, values: Mapping[str, Any]) -> _Head:
-        head = cls(**values)
-        if type(head.lines) is not int or type(head.size) is not int or type(head.last) is not str:
-            raise TypeError("a number of lines, one of bytes, and a link are needed")
-        return head
-
-    def write(self, path: Path) -> None:
-        """Write it, whole or not at all.
-
-        An earlier one of the same length is written over in place, and not waited for: after a
-        power cut the older head may be there, beyond which the ledger may have more lines. A file
-        of its own for every release would take three times as long as the release's line.
-
-        Raises:
-            CheckpointError: It cannot be written.
-            OSError: Likewise.
-        """
-        text = json.dumps({"format": FORMAT, **asdict(self)}).ljust(_HEAD_BYTES - 1) + "\n"
-        if path.exists() and path.stat().st_size == len(text):
-            with path.open("r+b", buffering=0) as file:
-                file.write(text.encode())
-        else:
-            write_whole(path, text, CheckpointError)
-
-    def after(self, lines: Sequence[bytes]) -> _Head:
-        """The head once these lines were appended."""
-        size = self.size + sum(map(len, lines))
-        last = _link(lines[-1]) if lines else self.last
-        return _Head(self.lines + len(lines), size, last)
-
-
-def _link(data: bytes) -> str:
-    """What the line after these bytes carries of them."""
-    return hashlib.sha256(data).hexdigest()
-
-
-_EMPTY = _Head(0, 0, _link(b""))
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What one release shows, without its values: the same for all clients who share a mask.
-
-    Attributes:
-        units: Per unit group that is cut, which units: bool [units]. A group that is missing is
-            shown whole.
-        bits: Per tensor, bits of each value, scales not counted.
-    """
-
-    units: Mapping[str, np.ndarray]
-    bits: Mapping[str, int]
-
-    @classmethod
-    def of(cls, proxy: Proxy) -> Shown:
-        """What a proxy shows."""
-        units = {}
-        for group in proxy.groups:
-            units[group.name] = np.zeros(group.size, bool)
-            units[group.name][proxy.released[group.name].units.numpy()] = True
-        return cls(units, {name: proxy.bits(name) for name in proxy.tensors})
-
-    def __or__(self, other: Shown) -> Shown:
-        """What both show together."""
-        units = {
-            name: mask | other.units[name]
-            for name, mask in self.units.items()
-            if name in other.units
-        }
-        bits = {
-            name: max(self.bits.get(name, 0), other.bits.get(name, 0))
-            for name in {**self.bits, **other.bits}
-        }
-        return Shown(units, bits)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values: bitmaps in base64, least significant bit first."""
-        return {
-            "units": {
-                name: base64.b64encode(np.packbits(mask, bitorder="little").tobytes()).decode()
-                for name, mask in self.units.items()
-            },
-            "bits": dict(self.bits),
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any], sizes: Mapping[str, int]) -> Shown:
-        """What :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: A bitmap is of another size, or of a group that is not there.
-        """
-        units = {}
-        for name, text in values["units"].items():
-            octets = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
-            if name not in sizes or len(octets) != (sizes[name] + 7) // 8:
-                raise ValueError(f"the units of {name}")
-            units[name] = np.unpackbits(octets, count=sizes[name], bitorder="little").astype(bool)
-        return cls(units, {name: int(bits) for name, bits in values["bits"].items()})
+__all__ = ["Exposure"]
 
 
 class Exposure:
@@ -208,7 +62,7 @@ class Exposure:
         self._known: dict[str, Shown] = {}
         self._releases: dict[tuple[int, str], str] = {}
         self._totals: dict[str, Shown] = {}
-        self._end, self._on_disk, self._is_chained = _EMPTY, 0, True
+        self._end, self._on_disk, self._is_chained = EMPTY, 0, True
         self._heads: set[str] = set()
         if self._path is not None:
             self._read(self._path)
@@ -337,11 +191,11 @@ class Exposure:
     @property
     def head(self) -> str:
         """How many lines there are, and the link that the next one carries."""
-        return _text(self._end)
+        return str(self._end)
 
     def had(self, head: str) -> bool:
         """Whether the ledger once ended as :attr:`head` said, and has gone on from there."""
-        return head in self._heads or head == _text(_EMPTY)
+        return head in self._heads or head == str(EMPTY)
 
     def begin(self) -> None:
         """Make the ledger and its head, unless they are there: what is missing later was lost.
@@ -364,7 +218,7 @@ class Exposure:
         chained, link = list[bytes](), self._end.last
         for line in lines:
             chained.append(json.dumps({**line, "after": link}).encode() + b"\n")
-            link = _link(chained[-1])
+            link = link_of(chained[-1])
         end = self._end.after(chained)
         try:
             self.begin()
@@ -378,7 +232,7 @@ class Exposure:
                 fix="Free some space and run again with resume.",
             ) from error
         self._end, self._on_disk, self._is_chained = end, end.size, True
-        self._heads.add(_text(end))
+        self._heads.add(str(end))
 
     def _check_untouched(self, path: Path) -> None:
         size = path.stat().st_size
@@ -391,7 +245,7 @@ class Exposure:
                 fix="Let one run at a time work in a folder, and run again with resume.",
             )
 
-    def _write(self, path: Path, data: bytes, end: _Head) -> None:
+    def _write(self, path: Path, data: bytes, end: Head) -> None:
         """Append to the ledger, then to its head. If that fails, they are as they were."""
         try:
             with path.open("r+b") as file:
@@ -410,7 +264,7 @@ class Exposure:
 
     def _read(self, path: Path) -> None:
         # The head first: whoever writes meanwhile makes the ledger longer, never shorter.
-        head = _Head.read(path.with_name(HEAD))
+        head = Head.read(path.with_name(HEAD))
         if not path.exists():
             if head is not None and head.lines:
                 raise _lost(path, f"{head.lines} lines", "no file")
@@ -424,7 +278,7 @@ class Exposure:
         self._replay(path, data, head)
         self._on_disk = len(data)
 
-    def _replay(self, path: Path, data: bytes, head: _Head | None) -> None:
+    def _replay(self, path: Path, data: bytes, head: Head | None) -> None:
         """Go through all lines that are whole."""
         *lines, torn = data.split(b"\n")
         unchained = hashlib.sha256()
@@ -436,13 +290,13 @@ class Exposure:
                     "The exposure ledger is damaged",
                     found=(str(error) if isinstance(error, _LinkError) else repr(error))[:160],
                     where=f"{path}, line {number}",
-                    fix=_RESTORE,
+                    fix=RESTORE,
                 ) from error
             self._end = self._end.after([line + b"\n"])
             if not self._is_chained:  # under a seal there is one link, of everything before it
                 unchained.update(line + b"\n")
                 self._end = replace(self._end, last=unchained.hexdigest())
-            self._heads.add(_text(self._end))
+            self._heads.add(str(self._end))
             if head is not None and number == head.lines and self._end != head:
                 raise _lost(path, "the lines that its head is of", "others")
         if head is None and lines and self._is_chained:
@@ -477,17 +331,13 @@ class _LinkError(ValueError):
     """A line is whole, and not the one that belongs here."""
 
 
-def _text(head: _Head) -> str:
-    return f"{head.lines}:{head.last}"
-
-
 def _lost(path: Path, expected: str, found: str) -> CheckpointError:
     return CheckpointError(
         "The exposure ledger is not what was written: some of it is lost or was altered",
         expected=expected,
         found=found,
         where=str(path),
-        fix=_RESTORE,
+        fix=RESTORE,
     )
 
 

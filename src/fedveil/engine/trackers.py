@@ -12,11 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 
-from fedveil.engine import Observer, RoundRecord
-from fedveil.engine.run_folder import RunFolder
+from fedveil.engine.observer import Observer
 from fedveil.errors import CheckpointError, ConfigurationError
 from fedveil.files import PRIVATE_FILE, write_whole
 from fedveil.log import LOG
+from fedveil.run import RoundRecord
+from fedveil.run.folder import RunFolder
 
 __all__ = ["MLflow", "TensorBoard", "Tracker", "numbers_of", "watched"]
 

@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fedveil.audit import Exposure, Manifest
-from fedveil.engine.records import RoundRecord
-from fedveil.engine.run_folder import RunFolder
 from fedveil.errors import CheckpointError
+from fedveil.run.exposure import Exposure
+from fedveil.run.folder import RunFolder
+from fedveil.run.manifest import Manifest
+from fedveil.run.records import RoundRecord
 
 __all__ = ["check_ledger", "open_ledger"]
 

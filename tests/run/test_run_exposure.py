@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toys
-from fedveil.audit import Evidence, Exposure, Manifest, Proxy
+from fedveil.audit import Evidence
 from fedveil.errors import CheckpointError, ConfigurationError, ExposureError
+from fedveil.run import Exposure, Manifest, Proxy
 from fedveil.schemes import FedAvg, FedQSN
 from fedveil.state import read_state
 from fedveil.wire import Message
@@ -446,7 +447,7 @@ class TestAnEarlierVersionsLedger:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("fedveil.audit.exposure.os.fsync", power_cut)
+            patch.setattr("fedveil.run.exposure.os.fsync", power_cut)
             with pytest.raises(KeyboardInterrupt):
                 self.next_release(manifest, folder)
         assert (folder / "exposure.jsonl").read_bytes().count(b"\n") == lines

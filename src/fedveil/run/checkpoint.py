@@ -14,8 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fedveil.engine.records import RoundRecord
 from fedveil.errors import CheckpointError, FedveilError, FedveilWarning
+from fedveil.run.records import RoundRecord
 from fedveil.schemes import ServerState
 from fedveil.shards import SHARD_BYTES, model_files, open_shards, whole_folder, write_shards
 
