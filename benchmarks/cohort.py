@@ -28,7 +28,7 @@ from speed.rounds import RATE, examples, net
 import fedveil
 from fedveil.engine.crew import Answer, Job
 from fedveil.engine.in_process import InTurn
-from fedveil.training import ImageClassification
+from fedveil.tasks import ImageClassification
 
 ROUNDS = 3
 SCHEMES = {

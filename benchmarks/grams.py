@@ -36,7 +36,8 @@ from fedveil.schemes import FedQSN
 from fedveil.secret import Secret
 from fedveil.selection import Selection
 from fedveil.state import load_state, read_state
-from fedveil.training import LocalRun, Prepared, Trainer, evaluate
+from fedveil.tasks import Prepared
+from fedveil.training import LocalRun, Trainer, evaluate
 from fedveil.wire import Message
 
 FORMS: dict[str, Mean | RegMean] = {

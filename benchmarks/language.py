@@ -38,7 +38,8 @@ from fedveil.demo.setting import fast_matmul, offline
 from fedveil.engine import Evaluation
 from fedveil.engine.in_process import Workplace
 from fedveil.schemes import FedAvg, FedLPP, FedQSN, Scheme
-from fedveil.training import CausalLM, LocalRun, Prepared, Training
+from fedveil.tasks import CausalLM, Prepared
+from fedveil.training import LocalRun, Training
 from fedveil.wire import Message
 
 ONCE = {"backbone": "once", "adapter_bits": 4}

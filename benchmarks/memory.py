@@ -38,7 +38,7 @@ from fedveil.schemes import ServerState
 from fedveil.schemes.global_model import GlobalModel
 from fedveil.shards import SHARD_BYTES, load_into, save_shards
 from fedveil.state import architecture_of, read_state
-from fedveil.training import Measure, Prepared
+from fedveil.tasks import Measure, Prepared
 
 MARK = "ready"
 _PAUSE = 0.01

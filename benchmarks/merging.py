@@ -32,7 +32,8 @@ from fedveil import RegMean, TextClassification, Training
 from fedveil.data import bbc_news, minilm_folder
 from fedveil.demo import fast_matmul
 from fedveil.merging import merge, statistics_of
-from fedveil.training import Prepared, Trainer, evaluate
+from fedveil.tasks import Prepared
+from fedveil.training import Trainer, evaluate
 
 METHODS: Mapping[str, dict[str, Any]] = {
     "mean": {"method": "mean"},

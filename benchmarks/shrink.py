@@ -35,7 +35,8 @@ from torch.profiler import profile
 from fedveil import FedQSN, Secret, Training
 from fedveil.schemes.base import LocalRecord
 from fedveil.state import architecture_of
-from fedveil.training import LocalRun, Measure, Prepared, Trainer, TrainingRecord
+from fedveil.tasks import Measure, Prepared
+from fedveil.training import LocalRun, Trainer, TrainingRecord
 from fedveil.wire import Message
 
 SHARES = (0.0, 0.1, 0.37, 0.4, 0.7)

@@ -34,7 +34,7 @@ from fedveil.audit.tracing import Trace, read_model, trace
 from fedveil.quantization import quantize
 from fedveil.run import Manifest, Proxy
 from fedveil.state import read_state
-from fedveil.training import Task
+from fedveil.tasks import Task
 
 State = dict[str, Tensor]
 POLICIES = ("sticky", "fresh", "grouped")

@@ -14,8 +14,8 @@ ROOMS = (
     "printable", "errors", "log", "files", "unsupported", "modes",
     "units", "secret", "drawing", "masking", "selection",
     "state", "shards", "shrinking", "removal", "quantization", "wire", "updates", "aggregation",
-    "schemes", "training", "run", "engine", "federation", "audit", "data", "config", "merging",
-    "screen", "report", "flower", "deploy", "demo", "cli", "",
+    "schemes", "tasks", "training", "run", "engine", "federation", "audit", "data", "config",
+    "merging", "screen", "report", "flower", "deploy", "demo", "cli", "",
 )  # fmt: skip
 CORE = ROOMS[: ROOMS.index("schemes") + 1]
 FOREIGN = {"transformers", "flwr", "datasets", "flwr_datasets", "typer", "rich", "matplotlib"}

@@ -19,7 +19,8 @@ from fedveil.errors import ConfigurationError
 from fedveil.masking import Release
 from fedveil.shrinking import shrinkable, shrunk
 from fedveil.state import read_state
-from fedveil.training import LocalRun, Prepared, Trainer
+from fedveil.tasks import Prepared
+from fedveil.training import LocalRun, Trainer
 from fedveil.units import Pattern, Rule, find_units, registry, validate
 from fedveil.wire import Message, Statistics
 from toys import (

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fedveil import Federation, ImageClassification, Secret, Training
 from fedveil.state import read_state, wipe
-from fedveil.training import Measure, Prepared, TextClassification, TrainingRecord
+from fedveil.tasks import Measure, Prepared, TextClassification
+from fedveil.training import TrainingRecord
 from fedveil.units import find_units
 from fedveil.wire import Message
 

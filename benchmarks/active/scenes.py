@@ -27,7 +27,8 @@ from fedveil.schemes.client import UNIT_PREFIX
 from fedveil.schemes.fedqsn import FedQSNServer
 from fedveil.selection import Selection
 from fedveil.state import read_state
-from fedveil.training import Prepared, Trainer
+from fedveil.tasks import Prepared
+from fedveil.training import Trainer
 from fedveil.units import find_units
 from fedveil.wire import Message, UnitIndex
 

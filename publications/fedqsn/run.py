@@ -29,8 +29,8 @@ from fedveil import Federation, Secret, Tuning
 from fedveil.audit import Evidence, audit
 from fedveil.engine import Evaluation
 from fedveil.run import Audit
+from fedveil.tasks.metrics import metric_named, metric_of
 from fedveil.training import evaluate
-from fedveil.training.metrics import metric_named, metric_of
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from results import Results

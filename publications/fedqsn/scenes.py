@@ -19,14 +19,8 @@ from fedveil.demo import Setting
 from fedveil.demo import prepare as prepare_bbc
 from fedveil.demo.generation import GenerationSetting
 from fedveil.demo.generation import prepare as prepare_headlines
-from fedveil.training import (
-    ImageClassification,
-    Prepared,
-    Task,
-    TextClassification,
-    Trainer,
-    Training,
-)
+from fedveil.tasks import ImageClassification, Prepared, Task, TextClassification
+from fedveil.training import Trainer, Training
 
 __all__ = ["SCENES", "Plan", "Scene"]
 

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from recipes import COALITIONS, recipes_of
 
-from fedveil.training.metrics import Metric, metric_named
+from fedveil.tasks.metrics import Metric, metric_named
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from results import Results, Values

@@ -22,13 +22,8 @@ from fedveil.merging import MergeStatistics, merge, statistics_of
 from fedveil.run import RoundRecord
 from fedveil.schemes import FedAvg, FedLPP, FedQSN, Scheme
 from fedveil.secret import Secret
-from fedveil.training import (
-    CausalLM,
-    ImageClassification,
-    Seq2Seq,
-    TextClassification,
-    Training,
-)
+from fedveil.tasks import CausalLM, ImageClassification, Seq2Seq, TextClassification
+from fedveil.training import Training
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,8 @@ from torch import nn
 from fedveil import ConfigurationError, RegMean
 from fedveil.aggregation.linear import linear_layers
 from fedveil.aggregation.observe import GramHooks
-from fedveil.training import Prepared, Trainer, Training
+from fedveil.tasks import Prepared
+from fedveil.training import Trainer, Training
 
 WIDTH, CLIP = 4, 0.5
 

@@ -8,7 +8,8 @@ from torch import nn
 from fedveil import ConfigurationError, RegMean, Seq2Seq
 from fedveil.aggregation.linear import linear_layers
 from fedveil.aggregation.observe import GramHooks
-from fedveil.training import Prepared, Trainer, Training
+from fedveil.tasks import Prepared
+from fedveil.training import Trainer, Training
 
 transformers = pytest.importorskip("transformers")
 

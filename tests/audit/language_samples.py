@@ -12,7 +12,8 @@ import transformers
 import fedveil
 import toys
 from fedveil.state import copy_of
-from fedveil.training import CausalLM, Trainer, Training
+from fedveil.tasks import CausalLM
+from fedveil.training import Trainer, Training
 
 MODULUS = 23
 END, PAD = MODULUS, MODULUS + 1

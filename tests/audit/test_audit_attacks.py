@@ -30,7 +30,8 @@ from fedveil.audit.attacks.healing import PIECES
 from fedveil.quantization import quantize
 from fedveil.schemes import FedAvg, FedQSN
 from fedveil.state import load_state
-from fedveil.training import ImageClassification, Training, evaluate
+from fedveil.tasks import ImageClassification
+from fedveil.training import Training, evaluate
 
 EXACT = {"units": "neurons", "server_mask": 0.2, "client_mask": 0.5, "bits": None}
 

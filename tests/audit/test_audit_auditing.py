@@ -18,7 +18,8 @@ from fedveil.errors import AuditError, ConfigurationError
 from fedveil.run import Attacked, Audit, Checked, Exposure, Manifest
 from fedveil.schemes import FedAvg, FedQSN
 from fedveil.state import load_state, read_state
-from fedveil.training import ImageClassification, Training
+from fedveil.tasks import ImageClassification
+from fedveil.training import Training
 from fedveil.wire import Dense
 
 CLASSES = 4

@@ -23,8 +23,8 @@ from fedveil.federation import Result, Stage
 from fedveil.run import Attacked, Audit
 from fedveil.schemes import Scheme
 from fedveil.state import load_state, read_state
+from fedveil.tasks.metrics import metric_in, metric_named
 from fedveil.training import Training, evaluate
-from fedveil.training.metrics import metric_in, metric_named
 
 # PEFT asks transformers in a way that will go.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -16,8 +16,8 @@ from fedveil.config.models import load_model
 from fedveil.config.tables import ModelTable
 from fedveil.data import encode_labels
 from fedveil.errors import FedveilWarning
+from fedveil.tasks.classes import in_stated_order, same_classes, stated_classes
 from fedveil.training import evaluate
-from fedveil.training.classes import in_stated_order, same_classes, stated_classes
 
 TOPICS = {"sports": ("goal", "match"), "politics": ("vote", "law"), "business": ("bank", "stock")}
 ORDER = [*TOPICS]  # not sorted
@@ -407,8 +407,8 @@ class TestChance:
 
     @pytest.mark.parametrize("count", [3, 30, 33, 99])
     def test_always_the_same_answer_is_chance(self, count):
-        from fedveil.training import ImageClassification
-        from fedveil.training.guessing import no_better_than_chance
+        from fedveil.tasks import ImageClassification
+        from fedveil.tasks.guessing import no_better_than_chance
 
         task = ImageClassification()
         data = task.prepare(toys.rows(count))
@@ -421,7 +421,7 @@ class TestChance:
         assert federation_of(home).run().doubt is None
 
     def test_a_language_model_is_compared_with_equally_likely_tokens(self):
-        from fedveil.training.guessing import no_better_than_chance
+        from fedveil.tasks.guessing import no_better_than_chance
 
         task = type("Words", (), {"metric": "loss"})()
         assert no_better_than_chance({"loss": 5.7}, task, None, toys.gpt2()).startswith("The base")

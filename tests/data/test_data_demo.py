@@ -7,7 +7,7 @@ import torch
 
 from fedveil.data import bbc_news, minilm_folder, mnist_5k, partition
 from fedveil.errors import ConfigurationError
-from fedveil.training import ImageClassification
+from fedveil.tasks import ImageClassification
 
 
 def needs(package):

@@ -13,7 +13,7 @@ from fedveil import (
     Observer,
     UnknownArchitectureError,
 )  # fmt: skip
-from fedveil.training import Measure
+from fedveil.tasks import Measure
 from toys import SECRET, bert, federation, metrics, mlp, rows, same, texts, weights
 
 

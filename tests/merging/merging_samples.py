@@ -6,7 +6,7 @@ from torch import nn
 from fedveil import ImageClassification, RegMean
 from fedveil.merging import merge, statistics_of
 from fedveil.state import read_state
-from fedveil.training import TextClassification
+from fedveil.tasks import TextClassification
 from toys import NumberTokenizer, rows, texts
 
 EXACT = RegMean(off_diagonal=1.0, ridge=0.0, bits=None, examples=10_000)

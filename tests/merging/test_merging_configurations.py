@@ -243,7 +243,7 @@ def test_sparse_embeddings_have_a_fisher_diagonal():
     from types import SimpleNamespace
 
     from fedveil.merging.fisher import fisher_diagonal
-    from fedveil.training import TextClassification
+    from fedveil.tasks import TextClassification
     from toys import NumberTokenizer, texts
 
     class Words(nn.Module):

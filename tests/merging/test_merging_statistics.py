@@ -237,6 +237,6 @@ class _PaddingTokenizer:
 
 
 def _Padding():  # noqa: N802
-    from fedveil.training import TextClassification
+    from fedveil.tasks import TextClassification
 
     return TextClassification(_PaddingTokenizer())

@@ -12,7 +12,8 @@ from torch import nn
 import toys
 from fedveil.schemes import FedAvg, FedQSN
 from fedveil.state import read_state
-from fedveil.training import ImageClassification, Training
+from fedveil.tasks import ImageClassification
+from fedveil.training import Training
 
 HOME = Path(__file__).parents[2]
 FOLDERS = (HOME / "publications" / "fedqsn", HOME / "benchmarks")

@@ -20,7 +20,7 @@ from fedveil.report.frontier import plot_frontier
 from fedveil.report.page import page
 from fedveil.report.reading import RunFolder
 from fedveil.run import RoundRecord
-from fedveil.training.metrics import metric_named
+from fedveil.tasks.metrics import metric_named
 
 
 def render(thing, width=100):

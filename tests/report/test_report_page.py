@@ -20,7 +20,7 @@ from fedveil.report.curves import best
 from fedveil.report.heatmap import heat_map
 from fedveil.report.page import write_page
 from fedveil.run import ClientExposure
-from fedveil.training.metrics import metric_named
+from fedveil.tasks.metrics import metric_named
 
 CHROMIUM = shutil.which("chromium")
 

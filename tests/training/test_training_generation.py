@@ -5,20 +5,12 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers
-from training_samples import perceptron
 
 from fedveil.data import minilm_folder
 from fedveil.errors import ConfigurationError, DataError
-from fedveil.training import (
-    CausalLM,
-    Generation,
-    Seq2Seq,
-    Trainer,
-    Training,
-    answer,
-    generate,
-    score,
-)
+from fedveil.tasks import CausalLM, Seq2Seq
+from fedveil.training import Generation, Trainer, Training, answer, generate, score
+from training_samples import perceptron
 
 ROWS = [
     {"prompt": "the capital of france is", "completion": "paris"},

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from training_samples import images, perceptron, same, state, texts
 
-from fedveil.training import ImageClassification, LocalRun, TextClassification, Trainer, Training
+from fedveil.tasks import ImageClassification, TextClassification
+from fedveil.training import LocalRun, Trainer, Training
+from training_samples import images, perceptron, same, state, texts
 
 TASK = ImageClassification(num_labels=3)
 

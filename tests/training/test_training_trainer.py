@@ -11,20 +11,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from training_samples import images, perceptron, same, state
 
 import toys
 from fedveil import FedAvg, FedQSN
 from fedveil.errors import ConfigurationError, DataError, FedveilError, TrainingError
-from fedveil.training import (
-    ImageClassification,
-    Trainer,
-    Training,
-    TrainingRecord,
-    evaluate,
-    modes,
-)
+from fedveil.tasks import ImageClassification
+from fedveil.training import Trainer, Training, TrainingRecord, evaluate, modes
 from fedveil.training.batches import Batches, pieces_of
+from training_samples import images, perceptron, same, state
 
 TASK = ImageClassification(num_labels=3)
 FAST = Training(epochs=3, batch_size=4, learning_rate=0.05)

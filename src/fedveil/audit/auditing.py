@@ -48,8 +48,8 @@ from fedveil.run.findings import (
 )  # fmt: skip
 from fedveil.schemes import Facts
 from fedveil.state import fingerprint, load_state
-from fedveil.training.guessing import no_better_than_chance
-from fedveil.training.metrics import Metric, metric_of
+from fedveil.tasks.guessing import no_better_than_chance
+from fedveil.tasks.metrics import Metric, metric_of
 
 __all__ = ["audit"]
 

@@ -17,7 +17,7 @@ from fedveil.run.findings import (
     Checked,
     furthest,
 )  # fmt: skip
-from fedveil.training.metrics import metric_named
+from fedveil.tasks.metrics import metric_named
 
 __all__ = ["NOT_PROTECTED", "sentence", "title"]
 

@@ -27,16 +27,8 @@ from fedveil.errors import ConfigurationError
 from fedveil.federation import Federation, Remote, Tuning
 from fedveil.run.client_files import ClientFiles
 from fedveil.secret import Secret
-from fedveil.training import (
-    Answers,
-    CausalLM,
-    ImageClassification,
-    Seq2Seq,
-    Task,
-    TextClassification,
-    Trainer,
-    answer,
-)
+from fedveil.tasks import CausalLM, ImageClassification, Seq2Seq, Task, TextClassification
+from fedveil.training import Answers, Trainer, answer
 from fedveil.training.modes import on_device
 from fedveil.wire import Limits
 

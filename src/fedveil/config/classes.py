@@ -13,7 +13,7 @@ from fedveil.config.names import explained, place_of
 from fedveil.config.tables import RANDOM, ModelTable, is_function
 from fedveil.data.library import quiet_transformers
 from fedveil.errors import ConfigurationError
-from fedveil.training.classes import (
+from fedveil.tasks.classes import (
     contradiction,
     first_swapped,
     in_stated_order,

@@ -22,7 +22,7 @@ from fedveil.config.tables import RANDOM, ModelTable, is_function
 from fedveil.config.tokenizers import load_tokenizer
 from fedveil.data.library import quiet_transformers
 from fedveil.errors import ConfigurationError
-from fedveil.training.classes import check_classes, contradiction, first_swapped, same_classes
+from fedveil.tasks.classes import check_classes, contradiction, first_swapped, same_classes
 
 __all__ = [
     "Pair",

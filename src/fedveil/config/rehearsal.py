@@ -17,8 +17,8 @@ from fedveil.config.sources import is_file, load_source
 from fedveil.config.tables import RANDOM, DataTable, is_function
 from fedveil.data.library import quiet
 from fedveil.errors import ConfigurationError
+from fedveil.tasks.templates import columns_of
 from fedveil.training import Training
-from fedveil.training.templates import columns_of
 
 __all__ = ["Rehearsal", "rehearse"]
 

@@ -15,8 +15,8 @@ from fedveil.config.names import explained, place_of
 from fedveil.config.tables import RANDOM, is_function
 from fedveil.data.library import quiet_transformers
 from fedveil.errors import ConfigurationError, FedveilWarning
-from fedveil.training.reading import check_made_of_something
-from fedveil.training.tasks import longest_input
+from fedveil.tasks.reading import check_made_of_something
+from fedveil.tasks.task import longest_input
 
 __all__ = [
     "agree",

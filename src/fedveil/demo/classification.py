@@ -35,7 +35,8 @@ from fedveil.schemes import FedAvg, FedQSN, Scheme
 from fedveil.screen import PlainConsole
 from fedveil.secret import Secret
 from fedveil.shards import whole_folder
-from fedveil.training import Prepared, TextClassification, Trainer, Training
+from fedveil.tasks import Prepared, TextClassification
+from fedveil.training import Trainer, Training
 
 __all__ = [
     "SCHEMES",

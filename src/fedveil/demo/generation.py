@@ -35,7 +35,8 @@ from fedveil.schemes import FedLPP, FedQSN, Scheme
 from fedveil.screen import PlainConsole
 from fedveil.secret import Secret
 from fedveil.shards import whole_folder
-from fedveil.training import CausalLM, Prepared, Training, evaluate, generate
+from fedveil.tasks import CausalLM, Prepared
+from fedveil.training import Training, evaluate, generate
 
 __all__ = ["GENERATION_SCHEMES", "GenerationSetting", "prepare", "run_generation_demo"]
 

@@ -36,7 +36,8 @@ from fedveil.errors import ConfigurationError, FedveilError, TrainingError
 from fedveil.run.client_files import ClientFiles
 from fedveil.schemes import ClientSide, Scheme
 from fedveil.state import architecture_of
-from fedveil.training import LocalRun, Prepared, Task, Trainer, evaluate
+from fedveil.tasks import Prepared, Task
+from fedveil.training import LocalRun, Trainer, evaluate
 from fedveil.training.modes import on_device
 from fedveil.units import Rule, register_rule
 from fedveil.units.registry import registered

@@ -40,8 +40,9 @@ from fedveil.run.records import RoundRecord
 from fedveil.schemes import ServerSide, examples_of
 from fedveil.secret import Secret
 from fedveil.state import load_state, read_state
-from fedveil.training import Prepared, Task, evaluate
-from fedveil.training.guessing import no_better_than_chance
+from fedveil.tasks import Prepared, Task
+from fedveil.tasks.guessing import no_better_than_chance
+from fedveil.training import evaluate
 from fedveil.training.modes import on_device
 from fedveil.wire import Limits, Message, reply_limits
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fedveil.errors import ConfigurationError, DataError, FedveilError
-from fedveil.training import Dataset, Prepared, Task, Trainer, Training
-from fedveil.training.tasks import to_device
+from fedveil.tasks import Dataset, Prepared, Task
+from fedveil.tasks.task import to_device
+from fedveil.training import Trainer, Training
 from fedveil.units.trial import Run
 
 __all__ = ["Remote", "Rows", "check_names", "name_clients", "prepared", "run_on", "trainer_of"]

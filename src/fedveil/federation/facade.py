@@ -48,9 +48,10 @@ from fedveil.state import (
     read_state,
     with_state,
 )
-from fedveil.training import Prepared, Task, Trainer, Training
-from fedveil.training.classes import check_stated
-from fedveil.training.reading import check_read
+from fedveil.tasks import Prepared, Task
+from fedveil.tasks.classes import check_stated
+from fedveil.tasks.reading import check_read
+from fedveil.training import Trainer, Training
 from fedveil.unsupported import check_supported
 from fedveil.wire import Limits
 

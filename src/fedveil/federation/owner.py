@@ -12,7 +12,8 @@ from fedveil.engine.crew import threads
 from fedveil.engine.rounds import MEASURING_THREADS
 from fedveil.federation.clients import Rows
 from fedveil.state import StateDict, load_state, read_state
-from fedveil.training import Prepared, Task, Trainer, Training, evaluate
+from fedveil.tasks import Prepared, Task
+from fedveil.training import Trainer, Training, evaluate
 from fedveil.training.modes import on_device
 
 __all__ = ["Judge", "Tuner", "Tuning"]

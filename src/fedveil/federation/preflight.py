@@ -15,7 +15,8 @@ from fedveil.engine.sending import bytes_of_tensors
 from fedveil.errors import FedveilError, TrainingError
 from fedveil.schemes import Scheme
 from fedveil.secret import Secret
-from fedveil.training import Prepared, Trainer, Training
+from fedveil.tasks import Prepared
+from fedveil.training import Trainer, Training
 from fedveil.training.modes import seeded
 from fedveil.training.trainer import trained_names
 from fedveil.wire import Limits, Message, reply_limits

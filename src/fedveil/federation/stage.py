@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fedveil.schemes import Scheme
 from fedveil.state import load_state
-from fedveil.training import Prepared, Task, Training, evaluate
+from fedveil.tasks import Prepared, Task
+from fedveil.training import Training, evaluate
 
 __all__ = ["Stage", "State"]
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from fedveil.errors import ProtocolError, WireError
 from fedveil.schemes import Scheme
-from fedveil.training import Task, Training
+from fedveil.tasks import Task
+from fedveil.training import Training
 
 __all__ = ["DisagreementError", "check_agreement", "digests_of", "packed", "settings_of"]
 

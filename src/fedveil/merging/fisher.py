@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from fedveil.errors import ConfigurationError, ProtocolError, TrainingError
 from fedveil.modes import evaluation_mode
 from fedveil.state import read_state
-from fedveil.training import Prepared, Task
+from fedveil.tasks import Prepared, Task
+from fedveil.tasks.task import device_of, to_device
 from fedveil.training.modes import only_trainable
-from fedveil.training.tasks import device_of, to_device
 from fedveil.wire import Message, Statistics
 
 __all__ = ["SMOOTHING", "decode_fisher", "encode_fisher", "fisher_diagonal", "fisher_step"]

@@ -23,8 +23,8 @@ from fedveil.merging.configurations import check_configurations, remarks_on_conf
 from fedveil.merging.fusion import METHODS, check_finite, merge
 from fedveil.merging.statistics import MergeStatistics, Progress, statistics_of
 from fedveil.merging.tokenizers import check_same_tokens, remarks_on_tokenizers
-from fedveil.training import TextClassification
-from fedveil.training.tasks import missing_column
+from fedveil.tasks import TextClassification
+from fedveil.tasks.task import missing_column
 
 __all__ = ["Classifier", "Merged", "Reading", "Show", "measure", "merge_folders", "open_classifier"]
 

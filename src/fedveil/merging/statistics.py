@@ -21,8 +21,9 @@ from fedveil.merging.common import uncompiled, widened
 from fedveil.merging.fisher import decode_fisher, encode_fisher, fisher_diagonal
 from fedveil.selection import Selection
 from fedveil.state import read_state
-from fedveil.training import Dataset, Prepared, Task, Trainer, Training
-from fedveil.training.tasks import Batch
+from fedveil.tasks import Dataset, Prepared, Task
+from fedveil.tasks.task import Batch
+from fedveil.training import Trainer, Training
 from fedveil.wire import Message, Section
 
 __all__ = ["EVERYTHING", "MergeStatistics", "Progress", "StatisticsMethod", "statistics_of"]

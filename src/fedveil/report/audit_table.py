@@ -13,7 +13,7 @@ from fedveil.audit.words import title
 from fedveil.report.words import human_measure
 from fedveil.run import Attacked, Audit, Checked
 from fedveil.run.findings import ALARM, NOT_APPLICABLE, SOUND, Outcome
-from fedveil.training.metrics import Metric, metric_named
+from fedveil.tasks.metrics import Metric, metric_named
 
 __all__ = ["attack_table", "by_outcome", "check_lines", "inferred_line", "trace_table"]
 

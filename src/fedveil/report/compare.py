@@ -12,7 +12,7 @@ from typing import Any
 from fedveil.errors import ConfigurationError
 from fedveil.report.curves import best
 from fedveil.report.reading import RunFolder
-from fedveil.training.metrics import Metric, metric_in
+from fedveil.tasks.metrics import Metric, metric_in
 
 __all__ = ["Compared", "Comparison", "Value", "compare", "mean_of", "values_of"]
 
@@ -72,7 +72,7 @@ class Comparison:
     Attributes:
         runs: Those of one label follow one another.
         metric: The name of the measure that they are compared by; see
-            :func:`~fedveil.training.metrics.metric_named`.
+            :func:`~fedveil.tasks.metrics.metric_named`.
         notes: What to know before believing it, a sentence each.
     """
 

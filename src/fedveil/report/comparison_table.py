@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fedveil.report.compare import Compared, Comparison, Value, mean_of, values_of
 from fedveil.report.words import DASH, human_bytes, human_measure, human_percent
-from fedveil.training.metrics import metric_named
+from fedveil.tasks.metrics import metric_named
 
 __all__ = ["comparison_table"]
 

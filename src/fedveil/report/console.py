@@ -21,7 +21,7 @@ from fedveil.printable import one_line
 from fedveil.report.words import human_bytes, human_percent, human_seconds
 from fedveil.run import RoundRecord
 from fedveil.screen import PlainConsole
-from fedveil.training.metrics import metric_in
+from fedveil.tasks.metrics import metric_in
 
 __all__ = ["ConsoleProgress"]
 

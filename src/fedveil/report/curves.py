@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fedveil.report.reading import RunFolder
 from fedveil.run import Attacked
-from fedveil.training.metrics import Metric, metric_named
+from fedveil.tasks.metrics import Metric, metric_named
 
 __all__ = [
     "MOST_ATTACKS", "Line", "attack_name", "best", "byte_lines", "coalition_lines", "loss_lines",

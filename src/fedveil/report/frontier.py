@@ -15,7 +15,7 @@ from matplotlib.transforms import Bbox
 
 from fedveil.errors import AuditError, CheckpointError
 from fedveil.report.compare import Compared, Comparison, Value, values_of
-from fedveil.training.metrics import metric_named
+from fedveil.tasks.metrics import metric_named
 
 __all__ = ["plot_frontier"]
 

@@ -20,7 +20,7 @@ from fedveil.errors import CheckpointError
 from fedveil.files import write_whole
 from fedveil.report.summary import metric_of_summary
 from fedveil.report.words import human_bytes, human_percent, share
-from fedveil.training.metrics import Metric
+from fedveil.tasks.metrics import Metric
 
 __all__ = ["plot"]
 

@@ -21,7 +21,7 @@ from fedveil.report.reading import RunFolder
 from fedveil.report.words import DASH, human_measure, human_percent, human_seconds
 from fedveil.run import Attacked, Checked, UpdateGuess
 from fedveil.run.findings import ALARM, NOT_APPLICABLE, SOUND, Outcome
-from fedveil.training.metrics import Metric
+from fedveil.tasks.metrics import Metric
 
 __all__ = [
     "attacks", "audit_command", "checks", "exposure", "kept_and_shown", "not_protected",

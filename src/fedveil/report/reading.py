@@ -17,7 +17,7 @@ from fedveil.run import Audit, ClientExposure, Exposure, Manifest, RoundRecord
 from fedveil.run.folder import RunFolder as OwnedFolder
 from fedveil.run.ledger import check_ledger
 from fedveil.schemes import scheme_class, scheme_names
-from fedveil.training.metrics import Metric, metric_in, metric_named
+from fedveil.tasks.metrics import Metric, metric_in, metric_named
 
 __all__ = ["RunFolder"]
 

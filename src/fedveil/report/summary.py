@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedveil.errors import CheckpointError
 from fedveil.files import write_whole
-from fedveil.training.metrics import Metric, metric_in, metric_named
+from fedveil.tasks.metrics import Metric, metric_in, metric_named
 
 if TYPE_CHECKING:
     from fedveil.federation import Result

@@ -18,7 +18,7 @@ from fedveil.report.words import (
     human_seconds,
     share,
 )
-from fedveil.training.metrics import Metric
+from fedveil.tasks.metrics import Metric
 
 __all__ = ["table"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedveil.training.metrics import Metric
+from fedveil.tasks.metrics import Metric
 
 __all__ = ["DASH", "human_bytes", "human_measure", "human_percent", "human_seconds", "share"]
 

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, get_args
 
 from fedveil.errors import AuditError
 from fedveil.files import read_record, write_whole
-from fedveil.training.metrics import metric_named
+from fedveil.tasks.metrics import metric_named
 
 __all__ = [
     "ALARM", "BASE", "NAMED", "NOTHING", "NOT_APPLICABLE", "RELEASED", "SOUND", "Attacked", "Audit",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
 from fedveil.modes import evaluation_mode
+from fedveil.tasks.task import Dataset, Measure, Prepared, Task, device_of, to_device
 from fedveil.training.modes import seeded
-from fedveil.training.tasks import Dataset, Measure, Prepared, Task, device_of, to_device
 
 __all__ = ["evaluate"]
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from fedveil.errors import ConfigurationError, DataError
 from fedveil.modes import evaluation_mode
-from fedveil.training.language import LanguageModelling
+from fedveil.tasks.language import LanguageModelling
+from fedveil.tasks.task import Dataset, Prepared, device_of
 from fedveil.training.modes import seeded
-from fedveil.training.tasks import Dataset, Prepared, device_of
 
 __all__ = ["SCORES", "Answers", "Generation", "answer", "generate", "score"]
 

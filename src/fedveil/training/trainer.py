@@ -13,6 +13,15 @@ from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, TrainingError
 from fedveil.modes import evaluation_mode, training_mode
+from fedveil.tasks.task import (
+    Batch,
+    Classification,
+    Dataset,
+    Prepared,
+    Task,
+    device_of,
+    to_device,
+)
 from fedveil.training.batches import Batches, has_batch_norm, pieces_of
 from fedveil.training.modes import (
     check_device,
@@ -23,15 +32,6 @@ from fedveil.training.modes import (
     seeded,
 )
 from fedveil.training.settings import Training
-from fedveil.training.tasks import (
-    Batch,
-    Classification,
-    Dataset,
-    Prepared,
-    Task,
-    device_of,
-    to_device,
-)
 
 __all__ = ["LocalRun", "Trainer", "TrainingRecord", "trained_names"]
 

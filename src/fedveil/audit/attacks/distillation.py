@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fedveil.audit.attacks.healing import Healing, heal
 from fedveil.errors import ConfigurationError
 from fedveil.state import load_state
-from fedveil.training import Prepared, Training
-from fedveil.training.tasks import Batch, Dataset, Measure, Task
+from fedveil.tasks import Prepared
+from fedveil.tasks.task import Batch, Dataset, Measure, Task
+from fedveil.training import Training
 
 __all__ = ["distil", "scores_of"]
 

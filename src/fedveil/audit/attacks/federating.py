@@ -12,7 +12,8 @@ from fedveil.aggregation import RegMean
 from fedveil.schemes import FedAvg
 from fedveil.secret import Secret
 from fedveil.state import load_state
-from fedveil.training import Prepared, Task, Trainer, Training
+from fedveil.tasks import Prepared, Task
+from fedveil.training import Trainer, Training
 from fedveil.training.trainer import LocalRun
 
 __all__ = ["federate"]

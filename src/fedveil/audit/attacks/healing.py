@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.state import load_state, read_state
-from fedveil.training import Prepared, Task, Trainer, Training, evaluate
+from fedveil.tasks import Prepared, Task
+from fedveil.training import Trainer, Training, evaluate
 
 __all__ = ["Healing", "heal"]
 

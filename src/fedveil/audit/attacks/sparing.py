@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedveil.training import Prepared, Task, Training
-from fedveil.training.tasks import Classification
+from fedveil.tasks import Prepared, Task
+from fedveil.tasks.task import Classification
+from fedveil.training import Training
 
 __all__ = ["lacks_classes", "sparing"]
 

@@ -7,7 +7,7 @@ from string import Formatter
 from typing import Any
 
 from fedveil.errors import ConfigurationError, DataError
-from fedveil.training.tasks import Dataset, column
+from fedveil.tasks.task import Dataset, column
 
 __all__ = ["cells", "columns_of"]
 

@@ -1,10 +1,11 @@
-"""Small models, tokenizers and data that the tests of training share."""
+"""Small models, tokenizers and data that the tests of tasks and of training share."""
 
 from __future__ import annotations
 
 import copy
 import random
 
+import pytest
 import torch
 from torch import nn
 
@@ -63,3 +64,41 @@ def state(model):
 def same(first, second):
     """Bit-identical state dicts."""
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+# Fixtures: see conftest.py of tasks and of training --------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    return transformers.BertTokenizerFast(str(folder / "vocab.txt"))
+
+
+@pytest.fixture
+def bert(tokenizer):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        num_labels=2,
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.BertForSequenceClassification(config)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training_samples import same, state, texts
 
 from fedveil.errors import ConfigurationError, DataError
-from fedveil.training import Prepared, Task, TextClassification, Trainer, Training, evaluate
-from fedveil.training.tasks import Classification
+from fedveil.tasks import Prepared, Task, TextClassification
+from fedveil.tasks.task import Classification
+from fedveil.training import Trainer, Training, evaluate
+from training_samples import same, state, texts
 
 
 @pytest.fixture

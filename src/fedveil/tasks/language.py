@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedveil.errors import ConfigurationError, DataError
-from fedveil.training.conversations import are_messages, check_answers, for_template, text_of
-from fedveil.training.tasks import (
+from fedveil.tasks.conversations import are_messages, check_answers, for_template, text_of
+from fedveil.tasks.task import (
     Batch,
     Dataset,
     Measure,
@@ -22,7 +22,7 @@ from fedveil.training.tasks import (
     column_names,
     logits_of,
 )
-from fedveil.training.templates import cells, columns_of
+from fedveil.tasks.templates import cells, columns_of
 
 __all__ = ["CausalLM", "Question", "Seq2Seq"]
 

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from training_samples import images, perceptron
 
 from fedveil.errors import DataError
-from fedveil.training import ImageClassification, Task, Trainer, Training, evaluate
+from fedveil.tasks import ImageClassification, Task
+from fedveil.training import Trainer, Training, evaluate
+from training_samples import images, perceptron
 
 TASK = ImageClassification(num_labels=3)
 

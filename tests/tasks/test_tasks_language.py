@@ -12,7 +12,8 @@ import transformers
 import toys
 from fedveil import ConfigurationError, DataError, FedAvg
 from fedveil.data import minilm_folder
-from fedveil.training import CausalLM, Seq2Seq, Trainer, Training, evaluate
+from fedveil.tasks import CausalLM, Seq2Seq
+from fedveil.training import Trainer, Training, evaluate
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"  # noqa: E501
 ROWS = [

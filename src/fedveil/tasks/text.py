@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, DataError
-from fedveil.training.padding import check_padding, reads_last_place, turned_left
-from fedveil.training.tasks import (
+from fedveil.tasks.padding import check_padding, reads_last_place, turned_left
+from fedveil.tasks.task import (
     Batch,
     Classification,
     Dataset,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from fedveil.errors import ConfigurationError
-from fedveil.training.tasks import Task
+from fedveil.tasks.task import Task
 
 __all__ = ["Metric", "metric_in", "metric_named", "metric_of"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
-from fedveil.training.tasks import Batch
+from fedveil.tasks.task import Batch
 
 __all__ = ["check_padding", "reads_last_place", "turned_left"]
 

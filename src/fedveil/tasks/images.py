@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.errors import DataError
-from fedveil.training.tasks import (
+from fedveil.tasks.task import (
     Batch,
     Classification,
     Dataset,

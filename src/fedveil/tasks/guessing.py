@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from fedveil.training.tasks import Prepared, Task
+from fedveil.tasks.task import Prepared, Task
 
 __all__ = ["no_better_than_chance"]
 

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 from fedveil.errors import ConfigurationError, DataError
-from fedveil.training.tasks import Prepared, Task
+from fedveil.tasks.task import Prepared, Task
 
 __all__ = ["check_made_of_something", "check_read"]
 
