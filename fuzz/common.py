@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 HEADROOM = 2**30
 """Bytes by which a program may grow; one more is a MemoryError, which no entry may raise."""
 
-NOT_INSTRUMENTED = ["fedveil.quantization.loops", "fedveil.quantization.vectors"]
+NOT_INSTRUMENTED = ["fedveil.quantization.kernels.loops", "fedveil.quantization.kernels.vectors"]
 """numba reads the bytecode of these."""
 
 SHARE_OF_BYTES = 0.15

@@ -18,8 +18,8 @@ import fedveil
 from fedveil.errors import FedveilError, TrainingError
 from fedveil.log import LOG, PlainRecords
 from fedveil.printable import one_line, printable
-from fedveil.report import ConsoleProgress
-from fedveil.report.markup import tag
+from fedveil.report.console import ConsoleProgress
+from fedveil.report.page.markup import tag
 from fedveil.run import RoundRecord
 from fedveil.screen import PlainConsole
 

@@ -27,7 +27,7 @@ from fedveil import Bounds, FedAvg, FedQSN, FedveilError, RegMean, Secret, Train
 from fedveil.engine.bounds import Claim
 from fedveil.merging import MergeStatistics
 from fedveil.quantization import QuantizedTensor
-from fedveil.report.describe import message_table
+from fedveil.report.console.describe import message_table
 from fedveil.schemes import Scheme, ServerSide
 from fedveil.state import read_state, wipe
 from fedveil.training import TrainingRecord

@@ -19,8 +19,9 @@ from random import Random
 import torch
 from torch import Tensor
 
-from fedveil.quantization import BITS, QuantizedTensor, part_layout, reference
-from fedveil.quantization.blockwise import kernels
+from fedveil.quantization import BITS, QuantizedTensor, part_layout
+from fedveil.quantization.blockwise import kernels_in_use
+from fedveil.quantization.kernels import reference
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PAGE = mmap.PAGESIZE
@@ -193,7 +194,7 @@ CHECKS: tuple[Callable[[QuantizedTensor, Random], None], ...] = (
 
 def main(seed: int, count: int) -> None:
     """Check `count` tensors."""
-    assert kernels() == "numba", "there are no kernels here"
+    assert kernels_in_use() == "numba", "there are no kernels here"
     for number in range(seed, seed + count):
         dice = Random(number)
         packed = random_tensor(dice)

@@ -23,7 +23,14 @@ from quantization_samples import (
 
 from arithmetic import arithmetic
 from fedveil.errors import ConfigurationError
-from fedveil.quantization import BITS, QuantizedTensor, blockwise, kernels, part_layout, quantize
+from fedveil.quantization import (
+    BITS,
+    QuantizedTensor,
+    blockwise,
+    kernels_in_use,
+    part_layout,
+    quantize,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -216,7 +223,7 @@ def test_as_many_threads_as_pytorch_may_use_and_the_same_bits(axis, monkeypatch)
 
 
 def test_no_shape_is_compiled_for():
-    from fedveil.quantization import loops
+    from fedveil.quantization.kernels import loops
 
     with arithmetic("numba"):
         for shape in ((3, 5), (1, 1), (200, 70), (2, 3, 4), (64, 64)):
@@ -240,8 +247,8 @@ def test_worker_processes_get_the_same_bits():
 def test_a_forked_process_goes_on_after_threads_have_worked():
     code = """
         import os, torch
-        from fedveil.quantization import kernels, quantize
-        assert kernels() == "numba"
+        from fedveil.quantization import kernels_in_use, quantize
+        assert kernels_in_use() == "numba"
         torch.set_num_threads(2)
         weight = torch.randn(1024, 1024)
         packed = quantize(weight)
@@ -258,7 +265,7 @@ def test_a_forked_process_goes_on_after_threads_have_worked():
 def test_without_a_folder_to_write_kernels_are_compiled_all_the_same(broken, monkeypatch):
     from numba.core import caching
 
-    from fedveil.quantization import loops
+    from fedveil.quantization.kernels import loops
 
     def refuse(*_):
         raise OSError(28, "No space left on device")
@@ -274,7 +281,7 @@ def test_without_a_folder_to_write_kernels_are_compiled_all_the_same(broken, mon
 
 
 def test_changes_of_the_instructions_reach_the_cache_of_kernels():
-    from fedveil.quantization import loops, vectors
+    from fedveil.quantization.kernels import loops, vectors
 
     with open(vectors.__file__, "rb") as source:
         digest = hashlib.blake2b(source.read(), digest_size=8).hexdigest()
@@ -297,7 +304,7 @@ def afresh(monkeypatch):
 
 def test_without_numba_pytorch_does_it(afresh):
     afresh.setitem(sys.modules, "numba", None)
-    assert kernels() == "torch"
+    assert kernels_in_use() == "torch"
     assert quantize(torch.ones(2, 2)).dequantize().tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
@@ -305,12 +312,12 @@ def test_numba_that_must_not_compile_is_left_aside(afresh):
     import numba
 
     afresh.setattr(numba.config, "DISABLE_JIT", 1)
-    assert kernels() == "torch"
+    assert kernels_in_use() == "torch"
 
 
 def test_numba_is_left_aside_if_asked_for(afresh):
     afresh.setenv("FEDVEIL_KERNELS", "torch")
-    assert kernels() == "torch"
+    assert kernels_in_use() == "torch"
 
 
 def test_numba_is_imported_only_when_there_is_enough_to_do():
@@ -328,8 +335,8 @@ def test_numba_is_imported_only_when_there_is_enough_to_do():
 
 
 def test_which_arithmetic_runs_is_said():
-    assert kernels() == "numba"
-    assert kernels("cuda") == "torch"
+    assert kernels_in_use() == "numba"
+    assert kernels_in_use("cuda") == "torch"
 
 
 @pytest.mark.gpu

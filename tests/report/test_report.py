@@ -8,7 +8,9 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from fedveil.federation import Result
-from fedveil.report import ConsoleProgress, plot, summarize, table, write_summary
+from fedveil.report import summarize, write_summary
+from fedveil.report.console import ConsoleProgress, table
+from fedveil.report.pictures import plot
 from fedveil.report.words import human_bytes, human_percent, human_seconds, share
 from fedveil.run import RoundRecord
 

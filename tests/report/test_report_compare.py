@@ -9,8 +9,8 @@ from rich.console import Console
 
 from fedveil.errors import AuditError, CheckpointError, ConfigurationError
 from fedveil.report.compare import compare, mean_of
-from fedveil.report.comparison_table import comparison_table
-from fedveil.report.frontier import plot_frontier
+from fedveil.report.console.comparison_table import comparison_table
+from fedveil.report.pictures import plot_frontier
 from fedveil.run.manifest import TensorInfo
 
 FEDAVG = {"name": "fedavg"}

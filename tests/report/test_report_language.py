@@ -12,12 +12,13 @@ from rich.console import Console
 
 from fedveil.errors import ConfigurationError
 from fedveil.federation import Result
-from fedveil.report import plot, summarize, table, write_summary
-from fedveil.report.audit_table import attack_table
+from fedveil.report import summarize, write_summary
 from fedveil.report.compare import compare
-from fedveil.report.comparison_table import comparison_table
-from fedveil.report.frontier import plot_frontier
+from fedveil.report.console import table
+from fedveil.report.console.audit_table import attack_table
+from fedveil.report.console.comparison_table import comparison_table
 from fedveil.report.page import page
+from fedveil.report.pictures import plot, plot_frontier
 from fedveil.report.reading import RunFolder
 from fedveil.run import RoundRecord
 from fedveil.tasks.metrics import metric_named

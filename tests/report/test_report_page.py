@@ -17,8 +17,8 @@ from page_samples import attacked, audit, hostile, real_run, records, write_run
 
 from fedveil.errors import AuditError, CheckpointError, FedveilError
 from fedveil.report.curves import best
-from fedveil.report.heatmap import heat_map
 from fedveil.report.page import write_page
+from fedveil.report.page.heatmap import heat_map
 from fedveil.run import ClientExposure
 from fedveil.tasks.metrics import metric_named
 

@@ -113,10 +113,11 @@ def _show_version(wanted: bool) -> None:
         import torch
 
         import fedveil
-        from fedveil.quantization import kernels
+        from fedveil.quantization import kernels_in_use
 
         print(f"fedveil {fedveil.__version__}")
-        print(f"Python {platform.python_version()}, torch {torch.__version__}, {kernels()} kernels")
+        versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+        print(f"{versions}, {kernels_in_use()} kernels")
         raise typer.Exit
 
 

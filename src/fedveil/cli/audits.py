@@ -64,7 +64,7 @@ def audit(
     """
     from fedveil.audit import Evidence
     from fedveil.audit import audit as attack
-    from fedveil.report.audit_table import attack_table, check_lines, inferred_line
+    from fedveil.report.console.audit_table import attack_table, check_lines, inferred_line
     from fedveil.report.page import write_page
     from fedveil.run import Manifest
     from fedveil.run.folder import RunFolder
@@ -135,8 +135,8 @@ def compare(
       fedveil compare runs/fedavg runs/fedqsn --plot frontier.png
     """
     from fedveil.report.compare import compare as set_side_by_side
-    from fedveil.report.comparison_table import comparison_table
-    from fedveil.report.frontier import plot_frontier
+    from fedveil.report.console.comparison_table import comparison_table
+    from fedveil.report.pictures import plot_frontier
 
     comparison = set_side_by_side(runs)
     wide_console().print(comparison_table(comparison))
@@ -182,7 +182,7 @@ def trace(
     from fedveil.audit import Evidence
     from fedveil.audit.tracing import read_model
     from fedveil.audit.tracing import trace as follow
-    from fedveil.report.audit_table import trace_table
+    from fedveil.report.console.audit_table import trace_table
 
     console, evidence, leaked = PlainConsole(), Evidence(run), read_model(file)
     with console.status("comparing") as status:

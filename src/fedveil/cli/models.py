@@ -55,7 +55,7 @@ def units(
     from fedveil.config.models import load_untouched
     from fedveil.config.rules import register_named_rule
     from fedveil.removal import try_removal
-    from fedveil.report.describe import unit_table
+    from fedveil.report.console.describe import unit_table
     from fedveil.state import read_state
     from fedveil.units import find_units, tried_units
     from fedveil.units.trial import UntriedError
@@ -104,7 +104,7 @@ def inspect(
 
       fedveil inspect runs/federation/messages/round-000001/client-00.proxy.safetensors
     """
-    from fedveil.report.describe import message_table
+    from fedveil.report.console.describe import message_table
     from fedveil.wire import Message
 
     if not message.is_file():

@@ -120,7 +120,7 @@ def _work(
     """Run the federation of a file, wherever its clients are."""
     from fedveil.config import build
     from fedveil.engine.trackers import watched
-    from fedveil.report import ConsoleProgress
+    from fedveil.report.console import ConsoleProgress
 
     with (
         ConsoleProgress(console) as progress,
@@ -180,7 +180,7 @@ def demo(
 def _rehearse(config: Config, console: Console) -> None:
     """Run everything that a file says, small, in a folder that is gone afterwards."""
     from fedveil.config import answer_test, build, rehearse
-    from fedveil.report import ConsoleProgress
+    from fedveil.report.console import ConsoleProgress
 
     class Progress(ConsoleProgress):
         def base_doubted(self, reason: str) -> None:
@@ -246,7 +246,9 @@ def _results(config: Config) -> list[str]:
 
 def _report(console: Console, config: Config, result: Result) -> None:
     from fedveil.config import save_model
-    from fedveil.report import plot, summarize, table, write_summary
+    from fedveil.report import summarize, write_summary
+    from fedveil.report.console import table
+    from fedveil.report.pictures import plot
     from fedveil.run.folder import RunFolder
 
     seconds = sum(record.seconds for record in result.rounds)

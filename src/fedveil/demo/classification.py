@@ -28,8 +28,10 @@ from fedveil.engine import Evaluation, Observer
 from fedveil.engine.crew import threads
 from fedveil.engine.in_process import start_importing
 from fedveil.federation import Federation, Result, Tuning
-from fedveil.report import ConsoleProgress, plot, summarize, table, write_summary
+from fedveil.report import summarize, write_summary
+from fedveil.report.console import ConsoleProgress, table
 from fedveil.report.page import write_page
+from fedveil.report.pictures import plot
 from fedveil.run.folder import RunFolder
 from fedveil.schemes import FedAvg, FedQSN, Scheme
 from fedveil.screen import PlainConsole

@@ -29,7 +29,7 @@ from fedveil.engine.crew import threads
 from fedveil.errors import CheckpointError
 from fedveil.federation import Federation, Result
 from fedveil.files import write_whole
-from fedveil.report import ConsoleProgress
+from fedveil.report.console import ConsoleProgress
 from fedveil.report.words import DASH, human_bytes
 from fedveil.schemes import FedLPP, FedQSN, Scheme
 from fedveil.screen import PlainConsole

@@ -25,7 +25,7 @@ from fedveil.flower.agreement import settings_of
 from fedveil.flower.client import Partner, client_app
 from fedveil.flower.crew import FlowerCrew
 from fedveil.flower.directory import ByKey
-from fedveil.report import ConsoleProgress
+from fedveil.report.console import ConsoleProgress
 from fedveil.run.folder import RunFolder
 
 __all__ = ["FEDERATION", "PARTNER", "client", "find_partner", "run", "server"]

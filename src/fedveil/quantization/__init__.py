@@ -9,7 +9,7 @@ half of FedQSN (arXiv 2508.18911). Quantization alone hides little: every releas
 about 9 % at 4 bits. See `docs/quantization.md`.
 """
 
-from fedveil.quantization.blockwise import add_part, kernels
+from fedveil.quantization.blockwise import add_part, kernels_in_use
 from fedveil.quantization.codebook import BITS, NormalFloat
 from fedveil.quantization.layout import MAX_BLOCK, part_layout
 from fedveil.quantization.packing import spare_bits
@@ -21,7 +21,7 @@ __all__ = [
     "NormalFloat",
     "QuantizedTensor",
     "add_part",
-    "kernels",
+    "kernels_in_use",
     "part_layout",
     "quantize",
     "spare_bits",

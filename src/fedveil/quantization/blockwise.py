@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedveil.errors import ConfigurationError
-from fedveil.quantization import reference
-from fedveil.quantization.reference import SMALLEST_SCALE, scale_values
+from fedveil.quantization.kernels import reference
+from fedveil.quantization.kernels.reference import SMALLEST_SCALE, scale_values
 
 __all__ = [
     "SMALLEST_SCALE",
@@ -34,7 +34,7 @@ __all__ = [
     "encode_rows",
     "gather_rows",
     "in_place",
-    "kernels",
+    "kernels_in_use",
     "scale_values",
 ]
 
@@ -48,7 +48,7 @@ class _Work:
     done = 0
 
 
-def kernels(device: torch.device | str = "cpu") -> Literal["numba", "torch"]:
+def kernels_in_use(device: torch.device | str = "cpu") -> Literal["numba", "torch"]:
     """Which arithmetic works on large tensors of a device; its results are the same either way.
 
     Asking makes up the mind: from then on tensors of any size are worked on by it. The environment
@@ -292,7 +292,7 @@ def _load() -> ModuleType | None:
         return None
     if getattr(numba.config, "DISABLE_JIT", 0):  # kernels would run in the interpreter
         return None
-    from fedveil.quantization import compiled
+    from fedveil.quantization.kernels import compiled
 
     return compiled
 

@@ -19,8 +19,8 @@ from fedveil.quantization.blockwise import (
     gather_rows,
     in_place,
 )
+from fedveil.quantization.kernels.reference import bounds
 from fedveil.quantization.layout import part_layout, values_per_unit
-from fedveil.quantization.reference import bounds
 
 __all__ = ["QuantizedTensor", "quantize"]
 

@@ -1,17 +1,10 @@
-"""What a run looks like to people: figures on disk, a table, a picture, progress on the console."""
+"""What a run looks like to people, from what is in its folder.
+
+Figures on disk are written and read here; `console` shows them in a terminal, `pictures` draws
+them, and `page` makes one file of all of it for a browser.
+"""
 
 from fedveil.report.answers import show_answers, write_answers
-from fedveil.report.console import ConsoleProgress
-from fedveil.report.plot import plot
 from fedveil.report.summary import summarize, write_summary
-from fedveil.report.table import table
 
-__all__ = [
-    "ConsoleProgress",
-    "plot",
-    "show_answers",
-    "summarize",
-    "table",
-    "write_answers",
-    "write_summary",
-]
+__all__ = ["show_answers", "summarize", "write_answers", "write_summary"]

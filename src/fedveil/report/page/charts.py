@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedveil.report.curves import Line
-from fedveil.report.markup import Html, tag
-from fedveil.report.svg import GRID, INK, PAPER, inline_svg
+from fedveil.report.page.markup import Html, tag
+from fedveil.report.page.svg import GRID, INK, PAPER, inline_svg
 from fedveil.report.words import human_bytes
 
 __all__ = ["Chart", "draw"]

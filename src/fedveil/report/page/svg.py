@@ -8,7 +8,7 @@ import re
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from fedveil.report.markup import Html, tag
+from fedveil.report.page.markup import Html, tag
 
 __all__ = ["GRID", "INK", "PAPER", "inline_svg"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedveil.report.heatmap import STEPS
+from fedveil.report.page.heatmap import STEPS
 
 __all__ = ["style_sheet"]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from fedveil.errors import CheckpointError
 from fedveil.files import write_whole
-from fedveil.report import privacy_sections as privacy
-from fedveil.report import run_sections as about
-from fedveil.report.markup import Html, Node, tag
+from fedveil.report.page import privacy_sections as privacy
+from fedveil.report.page import run_sections as about
+from fedveil.report.page.markup import Html, Node, tag
+from fedveil.report.page.style import style_sheet
 from fedveil.report.reading import RunFolder
-from fedveil.report.style import style_sheet
 from fedveil.run.folder import RunFolder as OwnedFolder
 
 __all__ = ["page", "write_page"]

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fedveil.report.charts import Chart, draw
 from fedveil.report.curves import best, byte_lines, loss_lines
-from fedveil.report.markup import Html, Node, table, tag
+from fedveil.report.page.charts import Chart, draw
+from fedveil.report.page.markup import Html, Node, table, tag
 from fedveil.report.reading import RunFolder
 from fedveil.report.words import (
     DASH,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from fedveil.report.markup import Html, scrolling, tag
+from fedveil.report.page.markup import Html, scrolling, tag
 from fedveil.run import ClientExposure
 
 __all__ = ["STEPS", "heat_map", "most_shown"]

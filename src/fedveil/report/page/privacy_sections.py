@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from shlex import quote
 
-from fedveil.report.audit_table import by_outcome
-from fedveil.report.charts import Chart, draw
+from fedveil.report.console.audit_table import by_outcome
 from fedveil.report.curves import (
     MOST_ATTACKS,
     Line,
@@ -15,8 +14,9 @@ from fedveil.report.curves import (
     coalition_lines,
     round_lines,
 )
-from fedveil.report.heatmap import heat_map, most_shown
-from fedveil.report.markup import Html, Node, listing, table, tag
+from fedveil.report.page.charts import Chart, draw
+from fedveil.report.page.heatmap import heat_map, most_shown
+from fedveil.report.page.markup import Html, Node, listing, table, tag
 from fedveil.report.reading import RunFolder
 from fedveil.report.words import DASH, human_measure, human_percent, human_seconds
 from fedveil.run import Attacked, Checked, UpdateGuess

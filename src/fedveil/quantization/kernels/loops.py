@@ -1,7 +1,7 @@
 """The kernels: whole tensors, unit by unit, in one pass and without the interpreter (numba).
 
-They give the bits of `fedveil.quantization.reference`: the same float32 operations in the same
-order, none fused and none reassociated. Only `fedveil.quantization.compiled` imports this module.
+They give the bits of `reference` beside this file: the same float32 operations in the same order,
+none fused and none reassociated. Only `compiled`, likewise, imports this module.
 
 A kernel reads and writes weights where they lie. A *place* is (memory, unit stride, value stride):
 value `i` of unit `u` is `memory[u * unit_stride + i * value_stride]`, and one of the strides is 1.
@@ -26,9 +26,9 @@ import numpy as np
 from numba import carray, types  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
-from fedveil.quantization import vectors
 from fedveil.quantization.codebook import BITS
-from fedveil.quantization.vectors import CHUNK, LANES
+from fedveil.quantization.kernels import vectors
+from fedveil.quantization.kernels.vectors import CHUNK, LANES
 
 __all__ = [
     "CELLS_PER_ONE",

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedveil.quantization import loops
 from fedveil.quantization.codebook import NormalFloat
-from fedveil.quantization.loops import CELLS_PER_ONE, DECODERS, ENCODERS, FIRST_CELL, gather
-from fedveil.quantization.vectors import LANES
+from fedveil.quantization.kernels import loops
+from fedveil.quantization.kernels.loops import CELLS_PER_ONE, DECODERS, ENCODERS, FIRST_CELL, gather
+from fedveil.quantization.kernels.vectors import LANES
 
 __all__ = ["add_part", "decode", "encode", "gather_pieces", "gather_rows", "prepare", "suits"]
 
