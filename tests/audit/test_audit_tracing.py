@@ -1,4 +1,4 @@
-"""Whose proxy a file is; benchmarks/tracing.py measures the same on more leaks."""
+"""Whose proxy a file is; studies/tracing.py measures the same on more leaks."""
 
 import itertools
 import json

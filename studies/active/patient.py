@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from active.crew import Received, norm_of, run, updates_of
-from active.digits import CLAIM, NORM, cut_in
-from active.images import Recovered, layers_of, similarity
-from active.scenes import ATTACKER, Scene
 from fedveil import FedQSN
 from fedveil.wire import Message
+from studies.active.crew import Received, norm_of, run, updates_of
+from studies.active.digits import CLAIM, NORM, cut_in
+from studies.active.images import Recovered, layers_of, similarity
+from studies.active.scenes import ATTACKER, Scene
 
 __all__ = ["Patient", "read_patiently"]
 

@@ -1,7 +1,7 @@
 """What owners keep and attackers get, by recipe: the tables and the picture of README.md.
 
-    python publications/fedqsn/run.py                      # everything, 3 seeds, two processes
-    python publications/fedqsn/run.py --scenes digits --seeds 0 --only FedAvg public
+    python -m studies.fedqsn.run                      # everything, 3 seeds, two processes
+    python -m studies.fedqsn.run --scenes digits --seeds 0 --only FedAvg public
 
 Finished runs are in results.jsonl beside this file, and are not repeated. B is the owner's base, F
 what FedAvg makes of it, G the recipe's global model, A the best attacker of the audit, O the best
@@ -12,18 +12,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from pool import run_missing
-from recipes import COALITIONS, Recipe, recipes_of
-from retuning import best, on_the_way
-from scenes import SCENES, Scene
-from tables import draw, page, table
 
 from fedveil import Federation, Secret, Tuning
 from fedveil.audit import Evidence, audit
@@ -31,9 +24,12 @@ from fedveil.engine import Evaluation
 from fedveil.run import Audit
 from fedveil.tasks.metrics import metric_named, metric_of
 from fedveil.training import evaluate
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from results import Results
+from studies.fedqsn.pool import run_missing
+from studies.fedqsn.recipes import COALITIONS, Recipe, recipes_of
+from studies.fedqsn.retuning import best, on_the_way
+from studies.fedqsn.scenes import SCENES, Scene
+from studies.fedqsn.tables import draw, page, table
+from studies.results import Results
 
 SECRET = Secret(hashlib.sha256(b"fedveil publications").digest())
 

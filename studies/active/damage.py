@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from active.crew import MOST, Received, norm_of, run, updates_of
-from active.digits import cut_in
-from active.scenes import ATTACKER, Scene
 from fedveil import FedAvg, FedveilError
 from fedveil.schemes import Scheme
 from fedveil.wire import Message, Section, Statistics
+from studies.active.crew import MOST, Received, norm_of, run, updates_of
+from studies.active.digits import cut_in
+from studies.active.scenes import ATTACKER, Scene
 
 __all__ = ["DAMAGES", "Broken", "Liar", "break_model", "changed", "unharmed"]
 

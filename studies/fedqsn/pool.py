@@ -8,18 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from scenes import SCENES, Scene
 
 from fedveil.config.models import quiet_transformers
 from fedveil.demo import fast_matmul
 from fedveil.demo.setting import offline
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from results import Results, Values
+from studies.fedqsn.scenes import SCENES, Scene
+from studies.results import Results, Values
 
 __all__ = ["Job", "run_missing"]
 

@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,24 +13,16 @@ from fedveil.state import read_state
 from fedveil.tasks import ImageClassification
 from fedveil.training import Training
 
-HOME = Path(__file__).parents[2]
-FOLDERS = (HOME / "publications" / "fedqsn", HOME / "benchmarks")
-NAMES = ("results", "tried", "recipes", "scenes", "retuning", "pool", "tables", "run", "leads")
+NAMES = ("tried", "recipes", "scenes", "retuning", "pool", "tables", "run", "leads")
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """Its modules by name, of which others have the same."""
-    before = {name: sys.modules.pop(name, None) for name in NAMES}
-    path = sys.path[:]
-    sys.path[:0] = map(str, FOLDERS)
-    try:
-        yield {name: importlib.import_module(name) for name in NAMES}
-    finally:
-        sys.path[:] = path
-        for name in NAMES:
-            sys.modules.pop(name, None)
-        sys.modules.update({name: module for name, module in before.items() if module})
+    """Its modules by name."""
+    return {
+        "results": importlib.import_module("studies.results"),
+        **{name: importlib.import_module(f"studies.fedqsn.{name}") for name in NAMES},
+    }
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Accuracy of recipes on the demo's task, over seeds: what docs/measurements.md reports.
 
-    python benchmarks/recipes.py                         # all recipes, seeds 0 1 2; about an hour
-    python benchmarks/recipes.py --seeds 0 --only fedavg fedqsn
+    python -m studies.recipes                         # all recipes, seeds 0 1 2; about an hour
+    python -m studies.recipes --seeds 0 --only fedavg fedqsn
 
 Finished runs are kept in runs/recipes/results.jsonl and not repeated.
 """
@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import transformers
-from results import Results
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +26,7 @@ from fedveil.demo import (
     prepare,
 )
 from fedveil.schemes import FedAvg, FedQSN, Scheme
+from studies.results import Results
 
 # What the default was chosen from, as it was then.
 FORMER = FedQSN(block=64, shrink=False)

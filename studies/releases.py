@@ -1,7 +1,7 @@
 """Utility against the number of releases, at equal work for every client.
 
-    python benchmarks/releases.py                  # seeds 0 1 2; about 15 minutes on two cores
-    python benchmarks/releases.py --seeds 0
+    python -m studies.releases                  # seeds 0 1 2; about 15 minutes on two cores
+    python -m studies.releases --seeds 0
 
 On the demo's task all ten clients take part in every round, and 40 optimizer steps each are spread
 over 1, 2 or 3 rounds. Finished runs are kept in runs/releases/results.jsonl and not repeated;
@@ -18,13 +18,13 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from results import Results
 from rich.console import Console
 from rich.table import Table
 
 from fedveil.demo import Scene, Setting, build_federation, fast_matmul, prepare
 from fedveil.engine import Evaluation
 from fedveil.schemes import FedAvg, FedQSN, Scheme
+from studies.results import Results
 
 SCHEMES: dict[str, Scheme] = {
     "FedAvg": FedAvg(),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 
-from scenes import Scene
 from torch import nn
 
 from fedveil.schemes import transfer
 from fedveil.state import load_state, read_state
 from fedveil.training import Trainer, evaluate
+from studies.fedqsn.scenes import Scene
 
 __all__ = ["best", "on_the_way"]
 

@@ -4,8 +4,9 @@ import json
 import math
 
 import pytest
-from active import scenes
-from active_clients import CASES, WITH, WITHOUT, Plan, main, over_seeds
+
+from studies.active import scenes
+from studies.active_clients import CASES, WITH, WITHOUT, Plan, main, over_seeds
 
 TOY = Plan(1, 2, 3, 1, digits=scenes.toy, few=scenes.toy, young=scenes.toy)
 LESS = ["--only", "digits*", "images*", "damage: a million*", "backdoor: mean, honest*"]

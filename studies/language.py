@@ -1,10 +1,10 @@
 """Language models: what schemes cost in loss, in time and in memory.
 
-    python benchmarks/language.py losses              # the second demo by more schemes; 25 minutes
-    python benchmarks/language.py losses --seeds 3    # with other headlines, clients and adapters
-    python benchmarks/language.py audit               # what attackers get of two of them
-    python benchmarks/language.py speed               # training with LoRA beside plain PEFT
-    python benchmarks/language.py large               # a round of models of 1.2 and 1.6 billion
+    python -m studies.language losses              # the second demo by more schemes; 25 minutes
+    python -m studies.language losses --seeds 3    # with other headlines, clients and adapters
+    python -m studies.language audit               # what attackers get of two of them
+    python -m studies.language speed               # training with LoRA beside plain PEFT
+    python -m studies.language large               # a round of models of 1.2 and 1.6 billion
 
 With a GPU: ``speed --device cuda --dtype bfloat16 --batch-size 64`` and ``large --device cuda``.
 Every measurement of speed and memory is a process of its own, one after the other in one run.

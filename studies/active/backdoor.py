@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from active.crew import MOST, Received, run, updates_of
-from active.damage import Liar, changed
-from active.scenes import ATTACKER, Scene
 from fedveil import FedAvg, FedQSN, Training
 from fedveil.wire import Message
+from studies.active.crew import MOST, Received, run, updates_of
+from studies.active.damage import Liar, changed
+from studies.active.scenes import ATTACKER, Scene
 
 __all__ = ["BACKDOORS", "Planted", "plant"]
 

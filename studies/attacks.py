@@ -1,7 +1,7 @@
 """What attackers make of released bytes on the demo's task, over seeds: docs/audit.md's table.
 
-    python benchmarks/attacks.py                           # seeds 0 1 2: half an hour on two cores
-    python benchmarks/attacks.py --seeds 0 --only fedqsn-paper --rounds 2       # whether it works
+    python -m studies.attacks                           # seeds 0 1 2: half an hour on two cores
+    python -m studies.attacks --seeds 0 --only fedqsn-paper --rounds 2       # whether it works
 
 Each recipe runs once per seed; then the client who took part most often, and coalitions of those
 who did, use what they were sent. Finished runs are kept in runs/attacks/results.jsonl.
@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import transformers
-from results import Results
 
 from fedveil.audit import Evidence, Kept
 from fedveil.audit.attacks import fill, heal, union
@@ -32,6 +31,7 @@ from fedveil.demo import (
 )
 from fedveil.demo import fast_matmul as fast
 from fedveil.federation import Stage
+from studies.results import Results
 
 ROUNDS = 12
 LAST = (1, 2, 4, 8)

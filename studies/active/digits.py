@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from active.crew import MOST, Received, norm_of, run, updates_of
-from active.scenes import ATTACKER, Scene, Watched, cut_of, global_model
 from fedveil import Bounds, RoundRecord
 from fedveil.quantization import QuantizedTensor
 from fedveil.wire import Message
+from studies.active.crew import MOST, Received, norm_of, run, updates_of
+from studies.active.scenes import ATTACKER, Scene, Watched, cut_of, global_model
 
 __all__ = [
     "Amplifier",

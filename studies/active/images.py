@@ -20,12 +20,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from active.crew import MOST, Received, run
-from active.digits import cut_in
-from active.scenes import ATTACKER, Scene
 from fedveil import FedQSN
 from fedveil.schemes import Scheme
 from fedveil.wire import Message
+from studies.active.crew import MOST, Received, run
+from studies.active.digits import cut_in
+from studies.active.scenes import ATTACKER, Scene
 
 __all__ = ["FOUND", "Imprinter", "Recovered", "layers_of", "read_images", "similarity"]
 

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-language = pytest.importorskip("language")
+language = pytest.importorskip("studies.language")
 
 
 @pytest.mark.parametrize("scheme", language.LARGE)

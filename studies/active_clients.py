@@ -1,8 +1,8 @@
 """What one hostile client of ten reads and breaks, with the default bounds and without any.
 
-    python benchmarks/active_clients.py               # seeds 0 1 2: about 20 minutes on two cores
-    python benchmarks/active_clients.py --quick       # one seed, fewer rounds: two minutes
-    python benchmarks/active_clients.py --only 'digits*' 'images*'
+    python -m studies.active_clients               # seeds 0 1 2: about 20 minutes on two cores
+    python -m studies.active_clients --quick       # one seed, fewer rounds: two minutes
+    python -m studies.active_clients --only 'digits*' 'images*'
 
 Handwritten digits, ten clients, of whom client-00 is hostile; all goes through the engine and real
 messages. Finished runs are kept in runs/active/results.jsonl and not repeated; tables are printed
@@ -23,19 +23,19 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from active import scenes
-from active.backdoor import BACKDOORS, plant
-from active.damage import DAMAGES, break_model, unharmed
-from active.digits import read_digits, read_within
-from active.images import read_images
-from active.patient import read_patiently
-from active.scenes import Scene
-from results import Results
 from rich.console import Console
 from rich.table import Table
 
 from fedveil import Training
 from fedveil.schemes import Scheme
+from studies.active import scenes
+from studies.active.backdoor import BACKDOORS, plant
+from studies.active.damage import DAMAGES, break_model, unharmed
+from studies.active.digits import read_digits, read_within
+from studies.active.images import read_images
+from studies.active.patient import read_patiently
+from studies.active.scenes import Scene
+from studies.results import Results
 
 Figures = dict[str, float]
 MakeScene = Callable[[int], Scene]

@@ -1,7 +1,7 @@
 """How the owner's model should learn what clients teach the public one: what was tried.
 
-    python publications/fedqsn/leads.py                     # three scenes, 3 seeds
-    python publications/fedqsn/leads.py --scenes bbc --seeds 0
+    python -m studies.fedqsn.leads                     # three scenes, 3 seeds
+    python -m studies.fedqsn.leads --scenes bbc --seeds 0
 
 All clients train the public model once, in full precision, and their models are merged; P is the
 public model, B the owner's, X what clients teach P. Finished runs are in leads/results.jsonl.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,18 +18,16 @@ from statistics import mean
 from typing import Any
 
 import torch
-from pool import run_missing
-from retuning import best, on_the_way
-from scenes import Scene
 from torch import Tensor, nn
 
 from fedveil.merging import MergeStatistics, merge, statistics_of
 from fedveil.schemes.transfer import COEFFICIENTS
 from fedveil.state import load_state, read_state
 from fedveil.training import Trainer, evaluate
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from results import Results
+from studies.fedqsn.pool import run_missing
+from studies.fedqsn.retuning import best, on_the_way
+from studies.fedqsn.scenes import Scene
+from studies.results import Results
 
 PLAIN, OWN_CLASSES = "as ever", "own classes"
 TRAININGS = (PLAIN, OWN_CLASSES)

@@ -1,8 +1,8 @@
 """What each form of Gram costs, and what it gives: docs/regmean.md has the tables.
 
-    python benchmarks/grams.py accuracy      # seeds 0 1 2 on the demo's task; about 10 minutes
-    python benchmarks/grams.py cost          # one layer of each width; a few minutes
-    python benchmarks/grams.py reveals       # which words a client's first Gram gives away
+    python -m studies.grams accuracy      # seeds 0 1 2 on the demo's task; about 10 minutes
+    python -m studies.grams cost          # one layer of each width; a few minutes
+    python -m studies.grams reveals       # which words a client's first Gram gives away
 
 `accuracy` trains every client once per seed, takes all forms of Grams of the same trained models,
 and merges each by itself. `reveals` guesses from the Gram of the first layer which tokens are in
@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from results import Results
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -39,6 +38,7 @@ from fedveil.state import load_state, read_state
 from fedveil.tasks import Prepared
 from fedveil.training import LocalRun, Trainer, evaluate
 from fedveil.wire import Message
+from studies.results import Results
 
 FORMS: dict[str, Mean | RegMean] = {
     "mean (no Grams)": Mean(),

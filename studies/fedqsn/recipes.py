@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tried import Deepening, Distorted, Held, Lagging, Ternary, WithOptimizer
-
 from fedveil.schemes import FedAvg, FedLPP, FedQSN, Scheme
+from studies.fedqsn.tried import Deepening, Distorted, Held, Lagging, Ternary, WithOptimizer
 
 __all__ = ["COALITIONS", "Recipe", "recipes_of"]
 

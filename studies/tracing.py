@@ -1,8 +1,8 @@
 """Whose proxy is it? How often leak tracing names the right client, and how often a wrong one.
 
-    python benchmarks/tracing.py                  # 100 leaks of each kind: an hour on one core
-    python benchmarks/tracing.py --leaks 4        # whether all of it works: two minutes
-    python benchmarks/tracing.py --nets bert --policies grouped
+    python -m studies.tracing                  # 100 leaks of each kind: an hour on one core
+    python -m studies.tracing --leaks 4        # whether all of it works: two minutes
+    python -m studies.tracing --nets bert --policies grouped
 
 Federations of 20 clients, 10 of them in each of 4 rounds, masks and bits at their defaults.
 Of each federation 4 proxies leak, each is altered in every way of `ALTERATIONS`, once with zeros
@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from results import Results
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,6 +34,7 @@ from fedveil.quantization import quantize
 from fedveil.run import Manifest, Proxy
 from fedveil.state import read_state
 from fedveil.tasks import Task
+from studies.results import Results
 
 State = dict[str, Tensor]
 POLICIES = ("sticky", "fresh", "grouped")

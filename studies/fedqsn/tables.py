@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from recipes import COALITIONS, recipes_of
 
 from fedveil.tasks.metrics import Metric, metric_named
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from results import Results, Values
+from studies.fedqsn.recipes import COALITIONS, recipes_of
+from studies.results import Results, Values
 
 __all__ = ["draw", "page", "summary", "table"]
 
