@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -26,35 +27,78 @@ def room_of(path: Path) -> str:
     return "" if first in {"__init__", "__main__"} else first
 
 
-def imports(path: Path):
-    """Every module that a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(path: Path, *, at_once: bool = False):
+    """Every module that a file imports, inside functions too; or those that it needs to begin."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in _at_once(tree) if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in {path}"
             base = node.module or ""
-            yield from ([f"{base}.{a.name}" for a in node.names] if base == "fedveil" else [base])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield inner if base.startswith("fedveil") and file_of(inner) else base
+
+
+def _at_once(node: ast.AST):
+    """What of a file runs when it is imported."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _at_once(child)
+
+
+def file_of(module: str) -> Path | None:
+    """The file of a module of fedveil; None if it is none."""
+    package, *inside = module.split(".")
+    if package != "fedveil":
+        return None
+    path = SOURCE.joinpath(*inside)
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_a_room_imports_only_rooms_above_it(path):
-    room = room_of(path)
-    assert room in ROOMS, "list the new room in its place"
-    for module in imports(path):
-        if module.split(".")[0] == "fedveil":
-            other = module.split(".")[1] if "." in module else ""
-            # Names of the package itself (its version) may be read by the outermost rooms.
-            other = other if other in ROOMS else ""
-            assert other == room or ROOMS.index(other) < ROOMS.index(room) or room == "cli", module
+def test_a_room_imports_only_rooms_above_it():
+    wrong = []
+    for path in FILES:
+        room = room_of(path)
+        assert room in ROOMS, f"list the new room {room} in its place"
+        for module in imports(path):
+            if module.split(".")[0] == "fedveil":
+                other = module.split(".")[1] if "." in module else ""
+                # Names of the package itself (its version) may be read by the outermost rooms.
+                above = ROOMS.index(other) < ROOMS.index(room)
+                if not (above or other == room or room == "cli"):
+                    wrong.append(f"{path.relative_to(SOURCE)} imports {module}")
+    assert not wrong
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in CORE], ids=lambda p: p.stem)
-def test_the_core_imports_no_framework_not_even_late(path):
-    assert not {module.split(".")[0] for module in imports(path)} & FOREIGN
+def test_no_file_imports_what_imports_it():
+    graph = {
+        path: {f for m in imports(path, at_once=True) if (f := file_of(m)) not in (None, path)}
+        for path in FILES
+    }
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(str(path.relative_to(SOURCE)) for path in error.args[1]))
+
+
+def test_the_core_imports_no_framework_not_even_late():
+    core = [path for path in FILES if room_of(path) in CORE]
+    wrong = {
+        f"{path.relative_to(SOURCE)} imports {module}"
+        for path in core
+        for module in imports(path)
+        if module.split(".")[0] in FOREIGN
+    }
+    assert not wrong
 
 
 @pytest.mark.parametrize("module", ["fedveil", "fedveil.schemes", "fedveil.engine"])

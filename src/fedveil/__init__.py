@@ -18,7 +18,6 @@ from fedveil.errors import (
     WireError,
 )
 from fedveil.federation import Federation, Result, Tuning
-from fedveil.merging import MergeStatistics, merge, statistics_of
 from fedveil.run import RoundRecord
 from fedveil.schemes import FedAvg, FedLPP, FedQSN, Scheme
 from fedveil.secret import Secret
@@ -41,7 +40,6 @@ __all__ = [
     "FedveilError",
     "ImageClassification",
     "Mean",
-    "MergeStatistics",
     "Observer",
     "ProtocolError",
     "RegMean",
@@ -57,6 +55,4 @@ __all__ = [
     "UnknownArchitectureError",
     "WireError",
     "__version__",
-    "merge",
-    "statistics_of",
 ]

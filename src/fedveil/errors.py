@@ -16,6 +16,8 @@ Each message says what was expected, what was found, where, and what to do about
 
 from __future__ import annotations
 
+from typing import Self
+
 from fedveil.printable import one_line, printable
 
 __all__ = [
@@ -48,6 +50,21 @@ class FedveilError(Exception):
         self.problem, self.expected, self.found = problem, expected, found
         self.where, self.fix = where, fix
         super().__init__(problem, expected, found, where, fix)
+
+    def within(self, place: str = "", *, fix: str | None = None) -> Self:
+        """The same error, with the larger place in which it happened before its own.
+
+        Args:
+            place: Such as a file, a client, the number of a model.
+            fix: What to do about it, in place of what it says; None leaves that.
+        """
+        return type(self)(
+            self.problem,
+            expected=self.expected,
+            found=self.found,
+            where=", ".join(filter(None, (place, self.where))),
+            fix=self.fix if fix is None else fix,
+        )
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (client workers): rebuild them with their keywords.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedveil.cli import Debug, app, say, wide_console
+from fedveil.cli.app import Debug, app, say, wide_console
 from fedveil.errors import AuditError, ConfigurationError
 from fedveil.files import write_whole
 from fedveil.screen import PlainConsole
@@ -220,9 +220,7 @@ def _filling(name: str, run: Path) -> Mapping[str, Tensor] | None:
         return read_state(_reopen(run)[1].released)
     except AuditError as error:
         fix = "Give the public base with --base FILE, or say --base none."
-        raise AuditError(
-            error.problem, expected=error.expected, found=error.found, where=error.where, fix=fix
-        ) from error
+        raise error.within(fix=fix) from error
 
 
 def _reopen(run: Path) -> tuple[Config, Federation]:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedveil.cli import Debug, app, complain, say, wide_console
+from fedveil.cli.app import Debug, app, complain, say, wide_console
 from fedveil.errors import ConfigurationError, UnknownArchitectureError
 from fedveil.screen import PlainConsole
 

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fedveil.cli import Debug, app, say
+from fedveil.cli.app import Debug, app, say
 from fedveil.errors import ConfigurationError
 from fedveil.log import LOG, PlainRecords
 from fedveil.screen import PlainConsole

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedveil.cli import Debug, File, app, say
+from fedveil.cli.app import Debug, File, app, say
 from fedveil.errors import CheckpointError, ConfigurationError
 from fedveil.screen import PlainConsole
 

@@ -333,16 +333,13 @@ def _kind(names: Sequence[str]) -> str | None:
 
 
 def _blame(who: str, error: DataError) -> DataError:
-    where = f"{who}, {error.where}" if error.where else who
-    fix = error.fix
+    fix = None
     if error.problem.startswith(_UNKNOWN):
         fix = (
             "Classes are taken as they are written, and are those of the training rows; `labels` "
             "in [data] may name others."
         )
-    return DataError(
-        error.problem, expected=error.expected, found=error.found, where=where, fix=fix
-    )
+    return error.within(who, fix=fix)
 
 
 def _divide(config: Config, rows: datasets.Dataset) -> Mapping[str, datasets.Dataset]:

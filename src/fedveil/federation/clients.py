@@ -90,8 +90,9 @@ def run_on(task: Task, data: Iterable[Prepared | None]) -> Run | None:
 
 
 def _name_culprit(who: str, error: FedveilError) -> FedveilError:
-    where = f"{who}, {error.where}" if error.where else who
-    kind = type(error) if isinstance(error, DataError) else DataError
-    return kind(
-        error.problem, expected=error.expected, found=error.found, where=where, fix=error.fix
+    told = error.within(who)
+    if isinstance(told, DataError):
+        return told
+    return DataError(
+        told.problem, expected=told.expected, found=told.found, where=told.where, fix=told.fix
     )

@@ -128,6 +128,4 @@ def _small(training: Training) -> Training:
 def _said(error: FedveilError) -> FedveilError:
     """The error, which says that it is not too late."""
     fix = f"{error.fix} Nothing has been released: this was tried on a few rows here.".strip()
-    return type(error)(
-        error.problem, expected=error.expected, found=error.found, where=error.where, fix=fix
-    )
+    return error.within(fix=fix)

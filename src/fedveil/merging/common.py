@@ -85,13 +85,7 @@ def _read_all(models: Sequence[nn.Module]) -> list[StateDict]:
             refuse_overlaps(model)
             check_trainable(states[-1])
         except ConfigurationError as error:
-            where = f"model {number}, {error.where}" if error.where else f"model {number}"
-            raise ConfigurationError(
-                error.problem,
-                expected=error.expected or "finite weights",
-                where=where,
-                fix=error.fix,
-            ) from error
+            raise error.within(f"model {number}") from error
     return states
 
 

@@ -230,10 +230,7 @@ def _read(read: Callable[[nn.Module], _Read], model: nn.Module, number: int) -> 
     try:
         return read(model)
     except ProtocolError as error:
-        where = f"statistics {number}, {error.where}" if error.where else f"statistics {number}"
-        raise ProtocolError(
-            error.problem, expected=error.expected, found=error.found, where=where, fix=error.fix
-        ) from error
+        raise error.within(f"statistics {number}") from error
 
 
 def _filled(model: nn.Module, merged: StateDict) -> nn.Module:

@@ -167,11 +167,8 @@ class MergeStatistics:
         try:
             return cls(Message.from_bytes(path.read_bytes()))
         except (ProtocolError, WireError) as error:
-            where = f"{path}, {error.where}" if error.where else str(path)
             fix = error.fix or "Such a file is made by `fedveil statistics`."
-            raise type(error)(
-                error.problem, expected=error.expected, found=error.found, where=where, fix=fix
-            ) from error
+            raise error.within(str(path), fix=fix) from error
 
 
 def statistics_of(

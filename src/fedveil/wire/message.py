@@ -299,10 +299,7 @@ def _within(section: str) -> Iterator[None]:
     try:
         yield
     except WireError as error:
-        where = f"section {section[:256]!r}" + (f", {error.where}" if error.where else "")
-        raise WireError(
-            error.problem, expected=error.expected, found=error.found, where=where, fix=error.fix
-        ) from None
+        raise error.within(f"section {section[:256]!r}") from None
 
 
 def _check_token(where: str, value: object) -> None:
