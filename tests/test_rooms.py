@@ -12,9 +12,9 @@ import fedveil
 
 SOURCE = Path(fedveil.__file__).parent
 ROOMS = (
-    "printable", "errors", "log", "files", "unsupported", "modes",
+    "printable", "errors", "log", "files", "ties", "state", "unsupported", "modes",
     "units", "secret", "drawing", "masking", "selection",
-    "state", "shards", "shrinking", "removal", "quantization", "wire", "updates", "aggregation",
+    "shards", "shrinking", "removal", "quantization", "wire", "updates", "aggregation",
     "schemes", "tasks", "training", "run", "engine", "federation", "audit", "data", "config",
     "merging", "screen", "report", "flower", "deploy", "demo", "cli", "",
 )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError, FedveilError
 from fedveil.files import PRIVATE_FILE, PRIVATE_FOLDER, private_file, sync
-from fedveil.state import tie_key
+from fedveil.ties import tied_names
 
 __all__ = [
     "SHARD_BYTES",
@@ -163,7 +163,7 @@ def load_into(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     shards, own = open_shards(folder), model.state_dict(keep_vars=True)
     _check_unsaved(model, own)
-    groups = _tied_names(own)
+    groups = list(dict.fromkeys(tied_names(own).values()))
     sources = {_source(names, shards, Path(folder)): names for names in groups}
     if unknown := sorted(shards.keys() - own.keys()):
         raise _misfit("The folder holds a tensor that the model has not", unknown[0], folder)
@@ -368,15 +368,7 @@ def _damaged(problem: str, path: Path, *, expected: str = "", found: str = "") -
     )  # fmt: skip
 
 
-def _tied_names(own: Mapping[str, Tensor]) -> list[list[str]]:
-    """A model's names, those of one tensor together."""
-    groups: dict[object, list[str]] = {}
-    for name, tensor in own.items():
-        groups.setdefault(tie_key(tensor) if tensor.numel() else name, []).append(name)
-    return list(groups.values())
-
-
-def _source(names: list[str], shards: Shards, folder: Path) -> str:
+def _source(names: Sequence[str], shards: Shards, folder: Path) -> str:
     """The name under which a tensor of the model is in the folder.
 
     Raises:

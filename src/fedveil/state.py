@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fedveil.errors import ConfigurationError
-from fedveil.units.ties import refuse_overlaps
+from fedveil.ties import refuse_overlaps, tie_key
 
 __all__ = [
     "StateDict",
@@ -26,7 +26,6 @@ __all__ = [
     "fingerprint",
     "load_state",
     "read_state",
-    "tie_key",
     "wipe",
     "with_state",
     "working_copy",
@@ -50,13 +49,6 @@ def read_state(model: nn.Module) -> StateDict:
         seen.add(key)
         state[name] = tensor.detach()
     return state
-
-
-def tie_key(tensor: Tensor) -> object:
-    """Equal for tensors that are one: same memory, seen in the same way."""
-    if tensor.is_meta:
-        return id(tensor)  # no address; the same tensor object under two names is tied
-    return (tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def working_copy(state: Mapping[str, Tensor]) -> StateDict:

@@ -15,8 +15,8 @@ import fedveil
 from fedveil.errors import ConfigurationError
 from fedveil.merging import merge
 from fedveil.state import architecture_of, copy_of, read_state
+from fedveil.ties import overlaps, refuse_overlaps
 from fedveil.units import Slice, UnitGroup, find_units, validate
-from fedveil.units.ties import overlaps, refuse_overlaps
 
 
 @st.composite

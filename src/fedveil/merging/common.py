@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
 from fedveil.state import StateDict, check_trainable, read_state
-from fedveil.units.ties import refuse_overlaps
+from fedveil.ties import refuse_overlaps, tied_names
 
 __all__ = ["Common", "in_common", "uncompiled", "widened"]
 
@@ -159,21 +158,15 @@ def _count(state: StateDict, without: set[str]) -> int:
     )
 
 
-def _aliases(model: nn.Module) -> dict[str, frozenset[str]]:
-    """All names of each tensor, by each of its names."""
-    names: dict[object, list[str]] = defaultdict(list)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        where = (tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        # Empty tensors all share address 0.
-        names[where if tensor.numel() else name].append(name)
-    return {name: frozenset(group) for group in names.values() for name in group}
+def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    return tied_names(model.state_dict(keep_vars=True))
 
 
 def _check_ties(models: Sequence[nn.Module]) -> None:
     shapes = [{n: t.shape for n, t in model.state_dict().items()} for model in models]
     common = {n for n, s in shapes[0].items() if all(other.get(n) == s for other in shapes[1:])}
     first, *others = (
-        {name: group & common for name, group in _aliases(model).items() if name in common}
+        {name: frozenset(group) & common for name, group in _ties(model).items() if name in common}
         for model in models
     )
     for number, ties in enumerate(others, start=2):
@@ -199,7 +192,7 @@ def _matching(models: Sequence[nn.Module], keep: Sequence[str]) -> set[str]:
         raise ConfigurationError(
             "keep is impossible", expected='patterns, such as ("classifier.*",)', found=repr(keep)
         )
-    aliases = [_aliases(model) for model in models]
+    aliases = [_ties(model) for model in models]
     kept: set[str] = set()
     for pattern in keep:
         matching = {

@@ -14,8 +14,8 @@ from fedveil.errors import ConfigurationError
 from fedveil.schemes.facts import Facts
 from fedveil.secret import Secret
 from fedveil.state import StateDict, read_state
+from fedveil.ties import refuse_overlaps
 from fedveil.units import UnitGroup
-from fedveil.units.ties import refuse_overlaps
 from fedveil.units.trial import Run
 from fedveil.unsupported import refuse_foreign_state
 from fedveil.wire import Message

@@ -21,9 +21,9 @@ from fedveil.schemes.base import LocalRecord, LocalTrainer, Memory
 from fedveil.selection import Selection
 from fedveil.shrinking import shrunk
 from fedveil.state import StateDict, read_state
+from fedveil.ties import refuse_overlaps
 from fedveil.units import UnitGroup
 from fedveil.units.rows import rows_checked
-from fedveil.units.ties import refuse_overlaps
 from fedveil.updates import ErrorFeedback, UpdateCodec
 from fedveil.wire import Dense, Message, Section, UnitIndex
 

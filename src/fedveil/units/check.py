@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from fedveil.errors import ConfigurationError
+from fedveil.ties import overlapping, overlaps, tied_names
 from fedveil.units.group import KINDS, Slice, UnitGroup
-from fedveil.units.ties import overlapping, overlaps, tied_names
 
 
 def validate(groups: Sequence[UnitGroup], state_dict: Mapping[str, Tensor]) -> None:

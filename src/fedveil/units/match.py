@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
+from fedveil.ties import copies, tied_names
 from fedveil.units.adapters import (
     cut_inputs,
     cut_outputs,
@@ -18,7 +19,6 @@ from fedveil.units.adapters import (
 from fedveil.units.group import Slice, UnitGroup
 from fedveil.units.layers import bare_slices, output_axis, unit_width
 from fedveil.units.rule import Pattern, Rule
-from fedveil.units.ties import copies, tied_names
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fedveil.errors import ConfigurationError
 
+__all__ = ["copies", "overlapping", "overlaps", "refuse_overlaps", "tie_key", "tied_names"]
+
 
 def tied_names(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """Every name that leads to the same tensor, for every name.
@@ -24,8 +26,18 @@ def tied_names(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """
     names: dict[Hashable, list[str]] = defaultdict(list)
     for name, tensor in state.items():
-        names[_address(tensor)].append(name)
+        names[tie_key(tensor)].append(name)
     return {name: tuple(group) for group in names.values() for name in group}
+
+
+def tie_key(tensor: Tensor) -> Hashable:
+    """Equal for tensors that are one: same memory, seen in the same way.
+
+    Meta and empty tensors have no address: there, only one and the same object is tied.
+    """
+    if tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
 def copies(name: str, state: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -171,10 +183,3 @@ def _overlaps_itself(place: _Place) -> bool:
     memory = torch.zeros((place.end - place.begin) // place.itemsize, dtype=torch.bool)
     place.mark(memory, place.begin, place.itemsize).fill_(True)
     return int(memory.sum()) < math.prod(place.shape)
-
-
-def _address(tensor: Tensor) -> Hashable:
-    # Meta and empty tensors have no address: there, only one and the same object is tied.
-    if tensor.is_meta or not tensor.numel():
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
