@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedveil.config import build, load_config
-from fedveil.data import bbc_news, minilm_folder
 from fedveil.deploy import Address, write_deployment
+from fedveil.hub import bbc_news, minilm_folder
 
 HERE = Path(__file__).parent
 NAMES = ("clinic-1", "clinic-2", "clinic-3")

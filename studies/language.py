@@ -32,11 +32,11 @@ from rich.table import Table
 
 import fedveil
 from fedveil.audit import Evidence, audit
-from fedveil.config.models import add_adapter, quiet_transformers
 from fedveil.demo.generation import GenerationSetting, prepare
 from fedveil.demo.setting import fast_matmul, offline
 from fedveil.engine import Evaluation
 from fedveil.engine.in_process import Workplace
+from fedveil.hub.models import add_adapter, quiet_transformers
 from fedveil.schemes import FedAvg, FedLPP, FedQSN, Scheme
 from fedveil.tasks import CausalLM, Prepared
 from fedveil.training import LocalRun, Training

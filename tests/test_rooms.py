@@ -15,7 +15,7 @@ ROOMS = (
     "printable", "errors", "log", "files", "ties", "state", "unsupported", "modes",
     "units", "secret", "drawing", "masking", "selection",
     "shards", "shrinking", "removal", "quantization", "wire", "updates", "aggregation",
-    "schemes", "tasks", "training", "run", "engine", "federation", "audit", "data", "config",
+    "schemes", "tasks", "training", "run", "engine", "federation", "audit", "hub", "config",
     "merging", "screen", "report", "flower", "deploy", "demo", "cli", "",
 )  # fmt: skip
 CORE = ROOMS[: ROOMS.index("schemes") + 1]

@@ -20,7 +20,7 @@ from fedveil import (
     Training,
     Tuning,
 )
-from fedveil.data import mnist_5k, partition
+from fedveil.hub import mnist_5k, partition
 from fedveil.masking import Release
 from fedveil.schemes import Scheme, ServerSide
 from fedveil.schemes.client import UNIT_PREFIX

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from fedveil.config.models import quiet_transformers
 from fedveil.demo import fast_matmul
 from fedveil.demo.setting import offline
+from fedveil.hub.models import quiet_transformers
 from studies.fedqsn.scenes import SCENES, Scene
 from studies.results import Results, Values
 

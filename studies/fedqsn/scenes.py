@@ -13,12 +13,12 @@ import datasets
 import torch
 from torch import nn
 
-from fedveil.config.models import quiet_transformers
-from fedveil.data import bbc_headlines, minilm_folder, mnist_5k, partition
 from fedveil.demo import Setting
 from fedveil.demo import prepare as prepare_bbc
 from fedveil.demo.generation import GenerationSetting
 from fedveil.demo.generation import prepare as prepare_headlines
+from fedveil.hub import bbc_headlines, minilm_folder, mnist_5k, partition
+from fedveil.hub.models import quiet_transformers
 from fedveil.tasks import ImageClassification, Prepared, Task, TextClassification
 from fedveil.training import Trainer, Training
 

@@ -26,7 +26,7 @@ def test_what_is_public_goes_out_once_and_unmasked():
 
 
 def test_mnist_example_names_a_function_that_makes_a_model():
-    from fedveil.config.models import load_untouched
+    from fedveil.hub.models import load_untouched
     from fedveil.units import find_units
 
     config = load_config(EXAMPLES / "mnist.toml")

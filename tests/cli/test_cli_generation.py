@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from fedveil.config import answer_test, load_config, rehearse
-from fedveil.data import bbc_headlines, smollm2_folder
 from fedveil.demo.generation import GENERATION_SCHEMES, GenerationSetting, run_generation_demo
+from fedveil.hub import bbc_headlines, smollm2_folder
 from fedveil.screen import PlainConsole
 from fedveil.training import Training
 

@@ -5,9 +5,10 @@ import torch
 
 from fedveil import ConfigurationError, DataError
 from fedveil.config import build, load_config
-from fedveil.config.models import find_function, load_model, place_of
 from fedveil.config.sources import load_rows
-from fedveil.config.tables import ModelTable
+from fedveil.hub.models import load_model
+from fedveil.hub.names import find_function, place_of
+from fedveil.hub.settings import ModelTable
 
 pytest.importorskip("flwr_datasets")
 

@@ -12,10 +12,10 @@ import toys
 from fedveil import ConfigurationError, Federation, TextClassification, Training
 from fedveil.config import build, load_config
 from fedveil.config.folders import check_folders
-from fedveil.config.models import load_model
-from fedveil.config.tables import ModelTable
-from fedveil.data import encode_labels
 from fedveil.errors import FedveilWarning
+from fedveil.hub import encode_labels
+from fedveil.hub.models import load_model
+from fedveil.hub.settings import ModelTable
 from fedveil.tasks.classes import in_stated_order, same_classes, stated_classes
 from fedveil.training import evaluate
 

@@ -8,8 +8,8 @@ import transformers
 
 import toys
 from fedveil.config import answer_test, build, build_workplace, load_config, save_model
-from fedveil.data import minilm_folder
 from fedveil.errors import ConfigurationError, DataError, FedveilError
+from fedveil.hub import minilm_folder
 from fedveil.training import Generation, evaluate
 
 FILE = """

@@ -85,7 +85,7 @@ def test_what_clients_would_draw_is_trained_and_travels(tmp_path):
     """A pooler that the folder lacks would be another one at each client that was to hold it."""
     import transformers
 
-    from fedveil.data import minilm_folder
+    from fedveil.hub import minilm_folder
 
     sizes = {
         "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -12,12 +12,12 @@ from deploy_machines import Machines, free_port
 
 import toys
 from fedveil.config import build, load_config
-from fedveil.data import bbc_news, minilm_folder
 from fedveil.deploy import Address, write_deployment
 from fedveil.deploy.keys import write_node_key
 from fedveil.engine.crew import Answer
 from fedveil.engine.in_process import InTurn
 from fedveil.errors import TrainingError
+from fedveil.hub import bbc_news, minilm_folder
 from fedveil.shards import open_shards
 
 pytestmark = [

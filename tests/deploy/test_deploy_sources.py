@@ -8,7 +8,7 @@ import pytest
 from fedveil import ConfigurationError, DataError
 from fedveil.config import load_config
 from fedveil.config.sources import load_rows
-from fedveil.data import load_data
+from fedveil.hub import load_data
 
 FILE = """
 [partner]

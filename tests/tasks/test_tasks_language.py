@@ -11,7 +11,7 @@ import transformers
 
 import toys
 from fedveil import ConfigurationError, DataError, FedAvg
-from fedveil.data import minilm_folder
+from fedveil.hub import minilm_folder
 from fedveil.tasks import CausalLM, Seq2Seq
 from fedveil.training import Trainer, Training, evaluate
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from fedveil.data import minilm_folder
 from fedveil.errors import ConfigurationError, DataError
+from fedveil.hub import minilm_folder
 from fedveil.tasks import CausalLM, Seq2Seq
 from fedveil.training import Generation, Trainer, Training, answer, generate, score
 from training_samples import perceptron

@@ -251,8 +251,8 @@ def _public(name: str, config: Config, federation: Federation) -> nn.Module | No
         return None
     if name == _BASE:
         return federation.released
-    from fedveil.config.models import load_model
     from fedveil.config.sources import load_rows
+    from fedveil.hub.models import load_model
 
     if name == config.model.name and not config.model.new_head:
         raise ConfigurationError(

@@ -52,8 +52,8 @@ def units(
       fedveil units federation.toml
     """
     from fedveil.config.file import load_config
-    from fedveil.config.models import load_untouched
     from fedveil.config.rules import register_named_rule
+    from fedveil.hub.models import load_untouched
     from fedveil.removal import try_removal
     from fedveil.report.console.describe import unit_table
     from fedveil.state import read_state

@@ -7,24 +7,20 @@ from functools import partial
 
 from torch import nn
 
-from fedveil.config.adapters import check_start
 from fedveil.config.code import Approved
 from fedveil.config.file import Config
-from fedveil.config.models import load_model, load_pair
-from fedveil.config.names import find_function
 from fedveil.config.rules import register_named_rule
 from fedveil.config.sources import load_rows, load_test
-from fedveil.config.tokenizers import (
-    agree,
-    load_tokenizer,
-    public_brings_tokenizer,
-    tokenizer_name,
-)
+from fedveil.config.tokenizers import agree, public_brings_tokenizer, tokenizer_name
 from fedveil.drawing import KeyedDraws
 from fedveil.engine import Observer
 from fedveil.engine.in_process import Workplace, bare_architecture
 from fedveil.errors import ConfigurationError
 from fedveil.federation import Federation, Remote, Tuning
+from fedveil.hub.adapters import check_start
+from fedveil.hub.models import load_model, load_pair
+from fedveil.hub.names import find_function
+from fedveil.hub.tokenizers import load_tokenizer
 from fedveil.run.client_files import ClientFiles
 from fedveil.secret import Secret
 from fedveil.tasks import CausalLM, ImageClassification, Seq2Seq, Task, TextClassification

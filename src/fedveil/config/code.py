@@ -22,9 +22,9 @@ from types import ModuleType
 from typing import Any
 
 from fedveil.config.file import Config
-from fedveil.config.tables import is_function
 from fedveil.errors import ConfigurationError
 from fedveil.files import read_record, write_whole
+from fedveil.hub.settings import is_function
 
 __all__ = ["Approvals", "Approved", "Code", "Piece", "code_of", "read_piece", "refuse_own_path"]
 

@@ -16,15 +16,14 @@ from fedveil.config.problems import Problems
 from fedveil.config.tables import (
     DataTable,
     FederationTable,
-    ModelTable,
     PartitionTable,
     PartnersTable,
     PartnerTable,
-    Table,
     table_of,
 )
 from fedveil.engine import Bounds, Evaluation
 from fedveil.errors import ConfigurationError
+from fedveil.hub.settings import ModelTable, Table
 from fedveil.schemes import FedQSN, Scheme, scheme_class, scheme_names
 from fedveil.training import Generation, Training
 

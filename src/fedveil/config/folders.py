@@ -10,20 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedveil.config.classes import check_public_order, settled_classes
+from fedveil.config.classes import settled_classes
 from fedveil.config.file import Config
-from fedveil.config.models import architecture_class
-from fedveil.config.names import explained, place_of
 from fedveil.config.sources import class_names, is_file, load_source
-from fedveil.config.tables import RANDOM, is_function
-from fedveil.config.tokenizers import (
-    check_length,
-    check_vocabulary,
-    load_tokenizer,
-    tokenizer_name,
-)
-from fedveil.data.library import quiet, quiet_transformers
+from fedveil.config.tokenizers import check_length, check_vocabulary, tokenizer_name
 from fedveil.errors import ConfigurationError
+from fedveil.hub.classes import check_public_order
+from fedveil.hub.library import quiet, quiet_transformers
+from fedveil.hub.models import architecture_class
+from fedveil.hub.names import explained, place_of
+from fedveil.hub.settings import RANDOM, is_function
+from fedveil.hub.tokenizers import load_tokenizer
 
 __all__ = ["check_folders", "settings_of"]
 

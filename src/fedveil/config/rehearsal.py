@@ -12,11 +12,13 @@ from typing import Any
 
 from fedveil.config.file import Config
 from fedveil.config.folders import check_folders, settings_of
-from fedveil.config.models import architecture_class, place_of, quiet_transformers
 from fedveil.config.sources import is_file, load_source
-from fedveil.config.tables import RANDOM, DataTable, is_function
-from fedveil.data.library import quiet
+from fedveil.config.tables import DataTable
 from fedveil.errors import ConfigurationError
+from fedveil.hub.library import quiet, quiet_transformers
+from fedveil.hub.models import architecture_class
+from fedveil.hub.names import place_of
+from fedveil.hub.settings import RANDOM, is_function
 from fedveil.tasks.templates import columns_of
 from fedveil.training import Training
 

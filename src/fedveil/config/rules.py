@@ -7,9 +7,9 @@ from functools import partial
 
 from fedveil.config.code import Approved
 from fedveil.config.file import Config
-from fedveil.config.names import find_named
-from fedveil.config.tables import is_function
 from fedveil.errors import ConfigurationError
+from fedveil.hub.names import find_named
+from fedveil.hub.settings import is_function
 from fedveil.units import Rule, register_rule
 
 __all__ = ["register_named_rule"]

@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from fedveil.config.file import Config
-from fedveil.config.tokenizers import load_tokenizer, tokenizer_name
-from fedveil.data.library import quiet_transformers
+from fedveil.config.tokenizers import tokenizer_name
+from fedveil.hub.library import quiet_transformers
+from fedveil.hub.tokenizers import load_tokenizer
 from fedveil.run.folder import RunFolder
 from fedveil.shards import SHARD_BYTES, whole_folder, write_shards
 from fedveil.state import read_state

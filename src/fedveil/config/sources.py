@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedveil.config.classes import settled_classes
 from fedveil.config.file import Config
-from fedveil.data import encode_labels, in_order, is_whole_number, load_data, partition
 from fedveil.errors import ConfigurationError, DataError, FedveilWarning
+from fedveil.hub import encode_labels, in_order, is_whole_number, load_data, partition
 
 if TYPE_CHECKING:
     import datasets

@@ -3,74 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, create_model
+from pydantic import BeforeValidator, Field, Strict, create_model
 
 from fedveil.aggregation import Aggregation
+from fedveil.hub.settings import Table, Word
 
 __all__ = [
     "DataTable",
     "FederationTable",
-    "ModelTable",
     "PartitionTable",
     "PartnerTable",
     "PartnersTable",
-    "Table",
-    "is_function",
     "table_of",
 ]
 
 NONE = "none"
 """How a file says None, for which TOML has no word."""
 
-RANDOM = "random"
-"""A public model of the owner's architecture with weights that anybody can draw."""
-
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
 AtLeastOne = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Word = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Table(BaseModel):
-    """One table: every key is known, every value is of its type, and nothing changes afterwards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ModelTable(Table):
-    """[model]: what is fine-tuned.
-
-    Attributes:
-        name: A folder, a name on the hub, or "module:function" that returns an nn.Module.
-        public: What it was fine-tuned from, if anybody can get that: named likewise, and released
-            in its place. Its head is new, unless it has one of the same size. "random" is a random
-            initialization of the same architecture.
-        num_labels: Number of classes; by default as many as the data have.
-        tokenizer: A folder or hub name, if it is not the model's.
-        dtype: What the weights are loaded as.
-        new_head: Begin with a new classification head, whatever head the model has. That of a
-            public model stays.
-        lora: Settings of ``peft.LoraConfig``: adds an adapter, which alone is trained.
-        adapter: A folder with an adapter that PEFT saved, to go on training instead of a new one.
-        rule: "module:RULE": a :class:`fedveil.units.Rule`, or a function that returns one, for a
-            model whose units are not known. Only what withholds units needs it.
-    """
-
-    name: Word
-    public: Word | None = None
-    num_labels: Annotated[int, Field(ge=2)] | None = None
-    tokenizer: Word | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    new_head: bool = False
-    lora: dict[str, Any] | None = None
-    adapter: Word | None = None
-    rule: Word | None = None
 
 
 class DataTable(Table):
@@ -147,7 +102,7 @@ class DataTable(Table):
 
 
 class PartitionTable(Table):
-    """[partition]: how the rows of `train` are divided; see :func:`fedveil.data.partition`."""
+    """[partition]: how the rows of `train` are divided; see :func:`fedveil.hub.partition`."""
 
     how: Literal["iid", "dirichlet", "column"] = "iid"
     clients: AtLeastOne | None = None
@@ -234,11 +189,6 @@ def table_of(settings: type) -> type[Table]:
     for field in (field for field in dataclasses.fields(settings) if field.init):
         fields[field.name] = (_as_written(hints[field.name]), _default(field))
     return create_model(settings.__name__, __base__=Table, **fields)
-
-
-def is_function(name: str) -> bool:
-    """Whether a name is of the form "module:function"."""
-    return _FUNCTION.fullmatch(name) is not None
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,58 +9,21 @@ from typing import Any
 from torch import nn
 
 from fedveil.config.file import Config
-from fedveil.config.foreign import refuse_code
-from fedveil.config.names import explained, place_of
-from fedveil.config.tables import RANDOM, is_function
-from fedveil.data.library import quiet_transformers
 from fedveil.errors import ConfigurationError, FedveilWarning
-from fedveil.tasks.reading import check_made_of_something
+from fedveil.hub.settings import RANDOM, is_function
+from fedveil.hub.tokenizers import is_in
 from fedveil.tasks.task import longest_input
 
 __all__ = [
     "agree",
     "check_length",
     "check_vocabulary",
-    "load_tokenizer",
     "public_brings_tokenizer",
     "tokenizer_name",
 ]
 
-_FILE = re.compile(r"token|vocab|merges|spiece|sentencepiece|bpe|\.model$")
 _FEW = 0.05
 """A tokenizer that knows a smaller share of the tokens that a model has is worth a word."""
-
-
-def load_tokenizer(name: str, folder: Path, *, guarded: bool = False) -> Any:
-    """A tokenizer that can pad, from a folder or the hub.
-
-    Args:
-        name: What it is called.
-        folder: What paths are relative to.
-        guarded: Refuse one that wants code of its own to be run: at a client's.
-
-    Raises:
-        FedveilError: It cannot be found or loaded, has no vocabulary, or is refused.
-    """
-    place = place_of(name, folder)
-    if Path(place).is_dir() and not _is_in(Path(place)):
-        raise ConfigurationError(
-            "There is no tokenizer in the folder",
-            expected="what tokenizer.save_pretrained writes, such as tokenizer.json",
-            found=", ".join(sorted(path.name for path in Path(place).iterdir())[:8]) or "no file",
-            where=place,
-            fix="Save the model's own tokenizer beside it, or name one: tokenizer in [model].",
-        )
-    with quiet_transformers() as transformers, explained("tokenizer", place):
-        if guarded:
-            tokenizers = transformers.models.auto.tokenization_auto
-            refuse_code(tokenizers.get_tokenizer_config(place, trust_remote_code=False), place)
-        trust = {"trust_remote_code": False} if guarded else {}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **trust)
-        if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
-            tokenizer.pad_token = tokenizer.eos_token
-    check_made_of_something(tokenizer, place)
-    return tokenizer
 
 
 def tokenizer_name(config: Config) -> str:
@@ -99,7 +61,7 @@ def public_brings_tokenizer(config: Config) -> bool:
     place = config.path.parent / Path(public).expanduser()
     if is_function(public) or not place.is_dir():
         return True  # a name on the hub, or one of which the error tells
-    return _is_in(place)
+    return is_in(place)
 
 
 def agree(tokenizer: Any, model: nn.Module, config: Config) -> None:
@@ -163,10 +125,6 @@ def check_vocabulary(tokenizer: Any, embedded: int | None, config: Config) -> No
             FedveilWarning,
             stacklevel=2,
         )
-
-
-def _is_in(folder: Path) -> bool:
-    return any(_FILE.search(path.name) for path in folder.iterdir())
 
 
 def _embedded(model: nn.Module) -> int | None:

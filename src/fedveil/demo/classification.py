@@ -21,13 +21,13 @@ from rich.text import Text
 from torch import nn
 
 from fedveil.audit import Evidence, audit
-from fedveil.config.models import quiet_transformers
-from fedveil.data import bbc_news, minilm_folder, partition
 from fedveil.demo.setting import fast_matmul, offline
 from fedveil.engine import Evaluation, Observer
 from fedveil.engine.crew import threads
 from fedveil.engine.in_process import start_importing
 from fedveil.federation import Federation, Result, Tuning
+from fedveil.hub import bbc_news, minilm_folder, partition
+from fedveil.hub.models import quiet_transformers
 from fedveil.report import summarize, write_summary
 from fedveil.report.console import ConsoleProgress, table
 from fedveil.report.page import write_page

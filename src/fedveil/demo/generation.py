@@ -21,14 +21,14 @@ from rich.table import Column, Table
 from rich.text import Text
 from torch import nn
 
-from fedveil.config.models import add_adapter, quiet_transformers
-from fedveil.data import bbc_headlines, smollm2_folder
 from fedveil.demo.setting import fast_matmul, offline
 from fedveil.engine import Evaluation
 from fedveil.engine.crew import threads
 from fedveil.errors import CheckpointError
 from fedveil.federation import Federation, Result
 from fedveil.files import write_whole
+from fedveil.hub import bbc_headlines, smollm2_folder
+from fedveil.hub.models import add_adapter, quiet_transformers
 from fedveil.report.console import ConsoleProgress
 from fedveil.report.words import DASH, human_bytes
 from fedveil.schemes import FedLPP, FedQSN, Scheme

@@ -23,10 +23,10 @@ from torch import nn
 
 from fedveil.config import Config
 from fedveil.config.building import public_brings_tokenizer, tokenizer_name
-from fedveil.config.models import architecture_class, load_tokenizer, quiet_transformers
-from fedveil.config.tables import RANDOM, is_function
 from fedveil.deploy.files import write_public
 from fedveil.errors import ConfigurationError
+from fedveil.hub.models import architecture_class, load_tokenizer, quiet_transformers
+from fedveil.hub.settings import RANDOM, is_function
 
 __all__ = [
     "bare_settings",

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.config import Config
-from fedveil.config.models import load_model
-from fedveil.config.tables import is_function
 from fedveil.drawing import KeyedDraws
 from fedveil.errors import ConfigurationError
+from fedveil.hub.models import load_model
+from fedveil.hub.settings import is_function
 from fedveil.secret import Secret
 from fedveil.state import read_state
 

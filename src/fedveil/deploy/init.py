@@ -18,9 +18,8 @@ import tomli_w
 from torch import nn
 
 from fedveil.config import Config, build, open_secret
-from fedveil.config.adapters import saved_whole
 from fedveil.config.classes import settled_classes
-from fedveil.config.tables import NONE, RANDOM, is_function
+from fedveil.config.tables import NONE
 from fedveil.deploy.architecture import (
     check_tokenizer,
     given_to_clients,
@@ -31,6 +30,8 @@ from fedveil.deploy.files import to_toml, write_program, write_public
 from fedveil.deploy.functions import check_function
 from fedveil.deploy.keys import write_certificates, write_node_key
 from fedveil.errors import ConfigurationError
+from fedveil.hub.adapters import saved_whole
+from fedveil.hub.settings import RANDOM, is_function
 
 __all__ = ["PROGRAMS", "Address", "programs_of", "write_deployment"]
 

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from fedveil.aggregation import RegMean
-from fedveil.config.models import load_tokenizer, load_untouched, place_of, quiet_transformers
-from fedveil.config.tables import is_function
-from fedveil.data import load_data
 from fedveil.errors import ConfigurationError
+from fedveil.hub import load_data
+from fedveil.hub.library import quiet_transformers
+from fedveil.hub.models import load_untouched
+from fedveil.hub.names import place_of
+from fedveil.hub.settings import is_function
+from fedveil.hub.tokenizers import load_tokenizer
 from fedveil.merging.common import Common, in_common
 from fedveil.merging.configurations import check_configurations, remarks_on_configurations
 from fedveil.merging.fusion import METHODS, check_finite, merge

@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fedveil.data.labels import is_whole_number
-from fedveil.data.library import library
 from fedveil.errors import DataError
+from fedveil.hub.labels import is_whole_number
+from fedveil.hub.library import library
 
 if TYPE_CHECKING:
     import datasets

@@ -8,8 +8,8 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from fedveil.data.library import library, quiet, require_column
 from fedveil.errors import ConfigurationError, DataError
+from fedveil.hub.library import library, quiet, require_column
 
 if TYPE_CHECKING:
     import datasets

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedveil.config.tables import ModelTable
 from fedveil.errors import ConfigurationError
+from fedveil.hub.settings import ModelTable
 
 __all__ = ["refuse_code", "refuse_imports", "refuse_pickles"]
 

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedveil.data.csv_files import read_csv
-from fedveil.data.library import library, quiet
 from fedveil.errors import ConfigurationError, DataError
+from fedveil.hub.csv_files import read_csv
+from fedveil.hub.library import library, quiet
 
 if TYPE_CHECKING:
     import datasets

@@ -38,7 +38,7 @@ def library(name: str) -> Any:
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"the package {(error.name or name).partition('.')[0]!r} is not installed",
-            where="fedveil.data",
+            where="fedveil.hub",
             fix='Run: pip install "fedveil[hf]"',
         ) from error
 

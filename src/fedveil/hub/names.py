@@ -8,13 +8,24 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from fedveil.errors import ConfigurationError, FedveilError
 
-__all__ = ["explained", "find_function", "find_named", "made_by", "place_of"]
+__all__ = ["Functions", "explained", "find_function", "find_named", "made_by", "place_of"]
+
+
+class Functions(Protocol):
+    """Finds functions by name for a party that runs nothing but what it has approved."""
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The function that "module:function" names.
+
+        Raises:
+            ConfigurationError: It is nothing that was approved.
+        """
 
 
 def find_function(name: str, folder: Path) -> Callable[..., Any]:

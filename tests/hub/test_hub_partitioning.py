@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedveil.data import partition
 from fedveil.errors import ConfigurationError, DataError
+from fedveil.hub import partition
 
 CLASSES = 4
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from fedveil.data.library import library, quiet, require_column
 from fedveil.errors import DataError
+from fedveil.hub.library import library, quiet, require_column
 
 if TYPE_CHECKING:
     import datasets

@@ -9,8 +9,8 @@ import transformers
 import toys
 from fedveil import ConfigurationError
 from fedveil.config import build, load_config, save_model
-from fedveil.config.models import load_model
-from fedveil.config.tables import ModelTable
+from fedveil.hub.models import load_model
+from fedveil.hub.settings import ModelTable
 from fedveil.training import evaluate
 
 peft = pytest.importorskip("peft")

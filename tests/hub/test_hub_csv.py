@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedveil.data import encode_labels, load_data
 from fedveil.errors import DataError
+from fedveil.hub import encode_labels, load_data
 
 
 def loaded(tmp_path, content, **options):

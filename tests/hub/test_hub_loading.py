@@ -7,8 +7,8 @@ import sys
 import datasets
 import pytest
 
-from fedveil.data import load_data
 from fedveil.errors import ConfigurationError, DataError
+from fedveil.hub import load_data
 
 ROWS = [
     {"text": 'a "quoted", text\nover two lines', "label": 1},
@@ -141,8 +141,8 @@ def run(code, **environment):
 
 def test_usage_reports_are_off_but_may_be_asked_for():
     code = (
-        "import sys, fedveil.data; assert 'datasets' not in sys.modules\n"
-        "from fedveil.data.library import library\n"
+        "import sys, fedveil.hub; assert 'datasets' not in sys.modules\n"
+        "from fedveil.hub.library import library\n"
         "library('flwr_datasets'); library('datasets')\n"
         "import huggingface_hub.constants as h, flwr_datasets.common.telemetry as f, datasets\n"
         "assert f.FLWR_TELEMETRY_ENABLED == {flower!r}, f.FLWR_TELEMETRY_ENABLED\n"
@@ -156,7 +156,7 @@ def test_usage_reports_are_off_but_may_be_asked_for():
 def test_a_missing_extra_is_explained():
     run(
         "import sys; sys.modules['datasets'] = None\n"
-        "from fedveil.data import load_data\n"
+        "from fedveil.hub import load_data\n"
         "from fedveil.errors import ConfigurationError\n"
         "try: load_data('x.csv')\n"
         "except ConfigurationError as e: assert 'pip install \"fedveil[hf]\"' in str(e), e\n"

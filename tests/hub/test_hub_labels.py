@@ -1,8 +1,8 @@
 import datasets
 import pytest
 
-from fedveil.data import encode_labels
 from fedveil.errors import DataError
+from fedveil.hub import encode_labels
 
 
 def data(labels):

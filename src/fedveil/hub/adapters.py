@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedveil.data.library import library
 from fedveil.errors import ConfigurationError
+from fedveil.hub.library import library
 
 __all__ = ["add_adapter", "check_start", "load_adapter", "saved_whole"]
 

