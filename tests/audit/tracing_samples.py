@@ -1,16 +1,9 @@
 """Federations of which something leaks; the benchmark's, smaller."""
 
-import sys
-from pathlib import Path
-
 import toys
 from fedveil.audit import Evidence
 from fedveil.audit.attacks import fill, union
-
-# Behind everything else: benchmarks/ has modules of common names.
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-from tracing import ALTERATIONS, NETS, Scene, judge, look, train
+from studies.tracing import ALTERATIONS, NETS, Scene, judge, look, train
 
 __all__ = ["ALTERATIONS", "NETS", "Scene", "judge", "look", "proxy_of", "toy_run", "train"]
 

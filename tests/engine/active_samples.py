@@ -1,17 +1,11 @@
 """Hostile clients; the benchmark's, on a federation of no size."""
 
-import sys
-from pathlib import Path
-
-# Behind everything else: benchmarks/ has modules of common names.
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-from active.crew import MOST, Hostile, Received, norm_of, run, updates_of
-from active.damage import DAMAGES, Liar, changed
-from active.digits import read_digits, read_within
-from active.images import FOUND, read_images
-from active.patient import read_patiently
-from active.scenes import ATTACKER, toy
+from studies.active.crew import MOST, Hostile, Received, norm_of, run, updates_of
+from studies.active.damage import DAMAGES, Liar, changed
+from studies.active.digits import read_digits, read_within
+from studies.active.images import FOUND, read_images
+from studies.active.patient import read_patiently
+from studies.active.scenes import ATTACKER, toy
 
 __all__ = [
     "ATTACKER",
