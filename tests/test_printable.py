@@ -19,7 +19,7 @@ from fedveil.errors import FedveilError, TrainingError
 from fedveil.log import LOG, PlainRecords
 from fedveil.printable import one_line, printable
 from fedveil.report.console import ConsoleProgress
-from fedveil.report.page.markup import tag
+from fedveil.report.page.rendering import ENVIRONMENT
 from fedveil.run import RoundRecord
 from fedveil.screen import PlainConsole
 
@@ -125,8 +125,20 @@ def test_errors_and_what_is_kept_of_them(text):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_pages(text):
-    assert_plain(tag("p", text, title=text), lines=0 if "\n" not in text else 2)
+@pytest.mark.parametrize(
+    "template",
+    [
+        '<p title="{{ text }}">{{ text }}</p>',
+        # Where parts are put together or made in a macro, they pass for markup of the template's.
+        '{% macro p() %}<p title="{{ text }}">{{ caller() }}</p>{% endmacro %}'
+        "{% call p() %}{{ text }}{% endcall %}",
+        '{% set part %}<b></b>{% endset %}<p title="{{ text | e }}">{{ part ~ text }}</p>',
+    ],
+)
+def test_pages(text, template):
+    shown = ENVIRONMENT.from_string(template).render(text=f"{text}<>")
+    assert_plain(shown, lines=0 if "\n" not in text else 2)
+    assert shown.count("<") == shown.count(">") == template.count("<")
 
 
 def logged(tell, *, logger=LOG):

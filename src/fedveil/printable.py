@@ -4,7 +4,7 @@ An escape sequence moves a terminal's cursor or sets its title, a carriage retur
 line, a line break adds one to a log, and marks of direction turn letters around. All of them are
 shown as Python writes them in a string; half a character is a question mark. The words of every
 error go through here (errors.py), every line of a log (log.py), what is printed (screen.py), and
-the pages of reports (report/page/markup.py).
+the pages of reports (report/page/rendering.py).
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from fedveil.errors import AuditError, CheckpointError, FedveilError
 from fedveil.report.curves import best
 from fedveil.report.page import write_page
 from fedveil.report.page.heatmap import heat_map
-from fedveil.run import ClientExposure
+from fedveil.report.page.rendering import ENVIRONMENT
+from fedveil.run import ClientExposure, UpdateGuess
 from fedveil.tasks.metrics import metric_named
 
 CHROMIUM = shutil.which("chromium")
@@ -271,10 +272,15 @@ def test_the_gain_that_attackers_make_by_themselves_stands_beside_what_is_shown(
     assert f"Gain of own work alone {100 * (own - 54) / (end - 54):.0f} %" in text
 
 
+def drawn_heat_map(exposure, rounds):
+    heat = heat_map(exposure, rounds)
+    return ENVIRONMENT.get_template("heatmap.html.j2").render(heat=heat)
+
+
 def test_heat_map_has_a_cell_for_every_client_and_round():
     after = {1: 0.25, 3: 0.5}
     page = Structure(
-        heat_map(
+        drawn_heat_map(
             {"a": ClientExposure(0.5, 2.0, after, 0.1), "b": ClientExposure(0.0, 0.0, {}, 0.0)}, 4
         )
     )
@@ -294,7 +300,7 @@ def test_heat_map_of_very_many_stays_small_and_says_so():
         f"c{i:04d}": ClientExposure(i / 1000, 1.0, {r: i * r / 250_000 for r in range(1, 251)}, 0.0)
         for i in range(1000)
     }
-    text = heat_map(many, 250)
+    text = drawn_heat_map(many, 250)
     page = Structure(text)
     assert len(text) < 1_000_000
     assert "900 clients who were shown less are left out" in page.text("p")
@@ -312,6 +318,27 @@ def test_texts_stay_texts(pages):
     assert SCRIPT in page.text("td")
     assert "x" * 500 + "…" in page.text("span")
     assert "x" * 501 not in page.text("span")
+
+
+@pytest.mark.parametrize("audited", [True, False])
+def test_no_text_of_a_run_steers_its_page(tmp_path, audited):
+    text = "\x1b[2J\x9b\r\u2028\x85\u202egpj.<b>\x00 5 %"
+    found = dataclasses.replace(hostile(text), metric=text, inferred=[UpdateGuess(text, 1, 0, 0)])
+    lines = [
+        dataclasses.replace(
+            one, bytes_down={text: 1}, bytes_up={text: 1}, loss_first={text: 1.0},
+            failed={text: text}, refused={text: text}, bounded={text: text}, rejected=text,
+        )
+        for one in records()
+    ]  # fmt: skip
+    run = write_run(
+        tmp_path / f"a\u202e{text[:3]}", found=found if audited else None, lines=lines,
+        **{text: {text: text}},
+    )  # fmt: skip
+    shown = write_page(run).read_text(encoding="utf-8")
+    assert all(one.isprintable() or one in "\n\u00a0" for one in shown)
+    assert "<b>\\x00" not in shown
+    assert "\\x1b[2J\\x9b\\r\\u2028\\x85\\u202egpj.&lt;b&gt;\\x00 5\u00a0%" in shown
 
 
 def test_half_characters_and_formulas_do_no_harm(tmp_path):

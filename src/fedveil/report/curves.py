@@ -25,7 +25,7 @@ _VIEWS = {
     "proxy_after": "proxy after local training",
 }
 MOST_ATTACKS = 6
-"""Kinds of attack in one picture."""
+"""Kinds of attack in one picture; the page has as many looks for them."""
 
 _LEVELS = {"base": "base (before any round)", "public": "public model"}
 

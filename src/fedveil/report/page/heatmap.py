@@ -1,17 +1,16 @@
-"""How much of the model each client had been shown after each round, as a table of colours."""
+"""How much of the model each client had been shown after each round, as cells of a table."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from fedveil.report.page.markup import Html, scrolling, tag
 from fedveil.run import ClientExposure
 
-__all__ = ["STEPS", "heat_map", "most_shown"]
-
-STEPS = 10
-"""Colours from nothing to the whole model; the style sheet has them as k0 to k10."""
+__all__ = ["HeatMap", "MostShown", "heat_map", "most_shown", "shade"]
 
 _MOST_CLIENTS = 100
 _MOST_COLUMNS = 100
@@ -19,45 +18,77 @@ _ROOMY = 16
 """Up to so many columns have room for a number in each cell."""
 
 
-def heat_map(exposure: Mapping[str, ClientExposure], rounds: int) -> Html:
+@dataclass(frozen=True)
+class Row:
+    """One client: its cells, each with a percentage (None: nothing sent yet) and a width."""
+
+    client: str
+    cells: Sequence[tuple[int | None, int]]
+    share: float
+
+
+@dataclass(frozen=True)
+class HeatMap:
     """Clients from top to bottom, rounds from left to right, the cumulative share in each cell.
 
-    Neighbours with the same share are one cell. Of very many clients those who were shown most are
-    listed, and of very many rounds some: what was left out is said.
+    Attributes:
+        rows: Neighbours with the same share are one cell.
+        columns: Rounds. Of very many some are shown; none if only the end is known.
+        left_out: How many clients are not shown: of very many those who were shown least.
+    """
+
+    rows: Sequence[Row]
+    columns: Sequence[int]
+    left_out: int
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether cells are too narrow for numbers."""
+        return len(self.columns) > _ROOMY
+
+    @property
+    def is_thinned(self) -> bool:
+        """Whether rounds are missing."""
+        return self.columns != list(range(1, len(self.columns) + 1))
+
+
+@dataclass(frozen=True)
+class MostShown:
+    """The client who was shown most, and since which round; None if that is not known."""
+
+    client: str
+    share: float
+    since: int | None
+
+
+def heat_map(exposure: Mapping[str, ClientExposure], rounds: int) -> HeatMap:
+    """What was shown over rounds.
 
     Args:
         exposure: By client.
         rounds: How many rounds there were.
     """
-    names = sorted(exposure)
-    if len(names) > _MOST_CLIENTS:
-        names = sorted(sorted(names, key=lambda n: -exposure[n].share)[:_MOST_CLIENTS])
+    most = sorted(sorted(exposure), key=lambda name: -exposure[name].share)[:_MOST_CLIENTS]
     columns = _columns(max([rounds, *(r for one in exposure.values() for r in one.after)]))
-    dense = len(columns) > _ROOMY
-    classes = ["heat", *(["dense"] if dense else []), *(["many"] if len(names) > 25 else [])]
-    when = "after each round" if columns else "by the end"
-    caption = f"Share of the model that each client had been shown {when}, in percent"
-    caption += _left_out(len(exposure) - len(names), dense=dense, thin=_is_thin(columns))
-    head = tag(
-        "tr",
-        tag("th", "client", scope="col"),
-        [_column_head(number, columns, dense=dense) for number in columns],
-        tag("th", "at the end", scope="col", class_="number"),
-    )
-    body = tag("tbody", [_row(name, exposure[name], columns) for name in names])
-    return Html(_scale() + scrolling(caption, tag("thead", head), body, class_=" ".join(classes)))
+    rows = [
+        Row(name, list(_cells(exposure[name], columns)), exposure[name].share)
+        for name in sorted(most)
+    ]
+    return HeatMap(rows, columns, len(exposure) - len(rows))
 
 
-def most_shown(exposure: Mapping[str, ClientExposure]) -> str:
-    """One sentence that names the client who was shown most, and since which round."""
+def most_shown(exposure: Mapping[str, ClientExposure]) -> MostShown:
+    """Who was shown most, of several the first."""
     name = max(sorted(exposure), key=lambda name: exposure[name].share)
     after = exposure[name].after
-    since = min(
-        (r for r, share in after.items() if _percent(share) == _percent(max(after.values()))),
-        default=None,
-    )
-    when = f", all of it by round {since}" if since is not None else ""
-    return f"{name} was shown most: {100 * exposure[name].share:.1f} % of the model{when}."
+    all_of_it = _percent(max(after.values(), default=0))
+    since = min((r for r, share in after.items() if _percent(share) == all_of_it), default=None)
+    return MostShown(name, exposure[name].share, since)
+
+
+def shade(share: float) -> str:
+    """The style sheet's class for a share: "k0" for nothing, "k10" for the whole model."""
+    return f"k{min(max(round(10 * share), 0), 10)}"
 
 
 def _columns(last: int) -> list[int]:
@@ -68,67 +99,19 @@ def _columns(last: int) -> list[int]:
     return sorted({*range(step, last + 1, step), last})
 
 
-def _is_thin(columns: Sequence[int]) -> bool:
-    return columns != list(range(1, len(columns) + 1))
+def _cells(one: ClientExposure, columns: Sequence[int]) -> Iterator[tuple[int | None, int]]:
+    for percent, same in itertools.groupby(_course(one, columns)):
+        yield percent, len(list(same))
 
 
-def _left_out(clients: int, *, dense: bool, thin: bool) -> str:
-    parts = [". Each small cell is a round"] if dense and not thin else []
-    parts += [". Not every round is shown"] if thin else []
-    parts += [f". {clients} clients who were shown less are left out"] if clients else []
-    return "".join(parts)
-
-
-def _column_head(number: int, columns: Sequence[int], *, dense: bool) -> Html:
-    # Where columns are narrow, every tenth has its number written across its neighbours.
-    labelled = not dense or number == columns[0] or columns.index(number) % 10 == 9
-    text = str(number) if labelled else ""
-    return tag("th", tag("span", text), scope="col", aria_label=f"round {number}")
-
-
-def _row(name: str, one: ClientExposure, columns: Sequence[int]) -> Html:
-    cells = [_cell(share, width) for share, width in _runs(one, columns)]
-    end = tag("td", f"{100 * one.share:.1f} %", class_=f"number {_colour(one.share)}")
-    return tag("tr", tag("th", tag("span", name, class_="name"), scope="row"), cells, end)
-
-
-def _cell(share: int | None, width: int) -> Html:
-    wide = width if width > 1 else None
-    if share is None:
-        return tag("td", "–", class_="kx", colspan=wide)
-    return tag("td", str(share), class_=_colour(share / 100), colspan=wide)
-
-
-def _runs(one: ClientExposure, columns: Sequence[int]) -> Iterator[tuple[int | None, int]]:
-    """Percent (None: nothing sent yet) and over how many columns it stays."""
-    rounds = sorted(one.after)
-    reached, place = None, 0
-    current, width = None, 0
+def _course(one: ClientExposure, columns: Sequence[int]) -> Iterator[int | None]:
+    """What had been shown by each column."""
+    rounds, reached = deque(sorted(one.after)), None
     for number in columns:
-        while place < len(rounds) and rounds[place] <= number:
-            reached, place = _percent(one.after[rounds[place]]), place + 1
-        if width and reached != current:
-            yield current, width
-            width = 0
-        current, width = reached, width + 1
-    if width:
-        yield current, width
-
-
-def _colour(share: float) -> str:
-    return f"k{min(max(round(share * STEPS), 0), STEPS)}"
+        while rounds and rounds[0] <= number:
+            reached = _percent(one.after[rounds.popleft()])
+        yield reached
 
 
 def _percent(share: float) -> int:
     return round(100 * share)
-
-
-def _scale() -> Html:
-    """Which colour is how much."""
-    steps = [
-        tag("span", f"{100 * step // STEPS}", class_=f"k{step}") for step in range(0, STEPS + 1)
-    ]
-    return tag(
-        "p", "% shown: ", tag("span", "–", class_="kx"), steps, " (–: nothing was sent yet)",
-        class_="scale",
-    )  # fmt: skip
