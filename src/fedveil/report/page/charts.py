@@ -126,9 +126,10 @@ def chart(
     """
     if not lines:
         return None
-    labels, write = y.split("\n"), human_bytes if form == "bytes" else "{:g}".format
+    labels = y.split("\n")
     across, upwards = _across(lines), _upwards(lines, from_zero=from_zero)
-    widest = max((len(write(value)) for value in upwards.ticks), default=0)
+    written = _written(upwards.ticks, form)
+    widest = max(map(len, written), default=0)
     box = Box(left=round(12 + 12 * len(labels) + 6.2 * widest, 1))
     across = replace(across, start=box.left, end=box.right)
     upwards = replace(upwards, start=box.bottom, end=box.top)
@@ -137,9 +138,20 @@ def chart(
         labels,
         box,
         [(across.place(value), f"{value:.0f}") for value in across.ticks],
-        [(upwards.place(value), write(value)) for value in upwards.ticks],
+        list(zip(map(upwards.place, upwards.ticks), written, strict=True)),
         list(_drawn(lines, across, upwards, form)),
     )
+
+
+def _written(ticks: Sequence[float], form: str) -> list[str]:
+    """What stands at ticks: all plain numbers with as many decimals as one of them needs."""
+    if form == "bytes":
+        return list(map(human_bytes, ticks))
+    plain = [f"{value:g}" for value in ticks]
+    if any("e" in text for text in plain):  # very small, or very large
+        return plain
+    decimals = max((len(text.partition(".")[2]) for text in plain), default=0)
+    return [f"{value:.{decimals}f}" for value in ticks]
 
 
 def _across(lines: Sequence[Line]) -> _Axis:
