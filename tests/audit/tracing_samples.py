@@ -5,7 +5,7 @@ from pathlib import Path
 
 import toys
 from fedveil.audit import Evidence
-from fedveil.audit.attacks import fill, union
+from fedveil.audit.attacks import impute, pool
 
 # Behind everything else: benchmarks/ has modules of common names.
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -25,4 +25,4 @@ def toy_run(folder, model, rounds=2, **settings):
 def proxy_of(evidence, client, number, holes=None):
     """What a client was sent in a round, as a model."""
     kept = next(k for k in evidence.proxies([client]) if k.round == number)
-    return fill(union(evidence, [kept]), evidence.manifest, holes)
+    return impute(pool(evidence, [kept]), evidence.manifest, holes)
