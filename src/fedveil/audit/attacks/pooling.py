@@ -16,7 +16,7 @@ __all__ = ["pool", "pooling"]
     "pooling",
     title="pooling of all that was sent, newest first",
     does="takes the newest value of every unit that was ever sent",
-    source="collusion: Boneh and Shaw 1998, doi 10.1109/18.705568",
+    source="our name; collusion: Boneh and Shaw 1998, doi 10.1109/18.705568",
     begins=MESSAGES,
     quick=True,
 )
