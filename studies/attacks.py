@@ -35,7 +35,7 @@ from studies.results import Results
 
 ROUNDS = 12
 LAST = (1, 2, 4, 8)
-"""Proxies that one client keeps: the last so many that he was sent."""
+"""Proxies that one client keeps: the last so many that it was sent."""
 IN_ONE_ROUND, IN_ALL = (2, 4), (2, 4, 8)
 """Clients who pool what they were sent: in the last round in which all of them took part (more of
 them have such a round only early on), or in all rounds."""
@@ -84,7 +84,7 @@ def figures(evidence: Evidence, stage: Stage) -> dict[str, float]:
 
 
 def trained(evidence: Evidence, stage: Stage, client: str) -> dict[str, float]:
-    """What one client reaches by training on his own data, from nothing of ours and from all."""
+    """What one client reaches by training on its own data, from nothing of ours and from all."""
     sent = evidence.proxies([client])
     known, rounds = pool(evidence, sent), EFFORT * len(sent)
     begins = {

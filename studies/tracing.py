@@ -287,7 +287,7 @@ def leaks(scene: Scene) -> Iterator[tuple[str, tuple[bool, bool]]]:
                 yield f"{name} | {holes}", judge(found, guilty)
             state = scene.proxy(*scene.all_of(number), holes=base)
             found = look(scene, state, base is not None)
-            yield f"newest of all his rounds | {holes}", judge(found, guilty)
+            yield f"newest of all its rounds | {holes}", judge(found, guilty)
 
 
 def blends(scene: Scene) -> Iterator[tuple[str, tuple[bool, bool]]]:

@@ -71,7 +71,7 @@ def best(found, clients, **more):
 
 
 class TestAFractionOfTheWayToTheOwnersModel:
-    """Who releases a model between the public one and his own."""
+    """An owner that releases a model between the public one and its own."""
 
     def test_is_all_of_it(self, tmp_path):
         public, rows = wide(seed=7), {"o": examples(400, 5)}

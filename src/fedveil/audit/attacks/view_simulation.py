@@ -23,7 +23,7 @@ __all__ = ["can_simulate", "view_simulation"]
     does="makes the proxies without the owner, of the public model and with a secret of its own, "
     "and compares byte by byte: what it can make holds nothing of the owner's, and what comes of "
     "it counts as reached without a released byte",
-    source="our name; the simulation argument: Goldwasser, Micali and Rackoff 1989, doi 10.1137/0218012",
+    source="our name; simulation: Goldwasser, Micali and Rackoff 1989, doi 10.1137/0218012",
     begins=PUBLIC,
     quick=True,
 )
