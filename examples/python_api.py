@@ -28,7 +28,7 @@ def main() -> fedveil.Result:
     public = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 3))
     tuned, others = make_rows(9, seed=50), make_rows(30, seed=51)
 
-    # The owner's model, made of one that anybody can have with rows that only he has.
+    # The owner's model, made of one that anybody can have with rows that only the owner has.
     tuning = fedveil.Training(epochs=10, batch_size=10, learning_rate=3e-3)
     model = copy.deepcopy(public)
     Trainer(task, task.prepare(tuned), tuning).train(model, seed=1)

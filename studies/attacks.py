@@ -19,7 +19,7 @@ from pathlib import Path
 import transformers
 
 from fedveil.audit import Evidence, Kept
-from fedveil.audit.attacks import fill, heal, union
+from fedveil.audit.attacks import fine_tune, impute, pool
 from fedveil.demo import (
     OF_PUBLIC,
     RELEASED_ONCE,
@@ -35,15 +35,16 @@ from studies.results import Results
 
 ROUNDS = 12
 LAST = (1, 2, 4, 8)
-"""Proxies that one client keeps: the last so many that he was sent."""
+"""Proxies that one client keeps: the last so many that it was sent."""
 IN_ONE_ROUND, IN_ALL = (2, 4), (2, 4, 8)
 """Clients who pool what they were sent: in the last round in which all of them took part (more of
 them have such a round only early on), or in all rounds."""
-HEALERS = 4
+TUNERS = 4
 """Clients who train on: what it brings depends on their data; their mean is reported."""
 EFFORT = 2
 """An attacker trains as many times longer than in the federation, at most."""
 ALONE = "own data, from the public model"
+ALL = "all of one client's proxies"
 
 
 def attack(name: str, scene: Scene, setting: Setting, workers: int) -> dict[str, float]:
@@ -65,13 +66,13 @@ def figures(evidence: Evidence, stage: Stage) -> dict[str, float]:
     found["public"] = accuracy(stage, stage.public)
     order = sorted(evidence.clients, key=lambda one: (-len(evidence.proxies([one])), one))
     sent = evidence.proxies([order[0]])
-    healed = [trained(evidence, stage, client) for client in order[:HEALERS]]
-    by_training = {name: statistics.mean(one[name] for one in healed) for name in healed[0]}
+    by_client = [trained(evidence, stage, client) for client in order[:TUNERS]]
+    by_training = {name: statistics.mean(one[name] for one in by_client) for name in by_client[0]}
     found[ALONE] = by_training.pop(ALONE)
     for last in LAST:
         if last <= len(sent):
             note(found, f"the last {last} of one client's proxies", evidence, stage, sent[-last:])
-    note(found, "all of one client's proxies", evidence, stage, sent)
+    note(found, ALL, evidence, stage, sent)
     found |= by_training
     for size in IN_ONE_ROUND:
         if pooled := last_common(evidence, order[:size]):
@@ -83,31 +84,31 @@ def figures(evidence: Evidence, stage: Stage) -> dict[str, float]:
 
 
 def trained(evidence: Evidence, stage: Stage, client: str) -> dict[str, float]:
-    """What one client reaches by training on his own data, from nothing of ours and from all."""
+    """What one client reaches by training on its own data, from nothing of ours and from all."""
     sent = evidence.proxies([client])
-    loot, rounds = union(evidence, sent), EFFORT * len(sent)
+    known, rounds = pool(evidence, sent), EFFORT * len(sent)
     begins = {
         ALONE: stage.public,
-        "all of one client's proxies, zeros, healed": fill(loot, evidence.manifest),
-        "all of one client's proxies, public, healed": fill(loot, evidence.manifest, stage.public),
+        f"{ALL}, zeros, fine-tuned": impute(known, evidence.manifest),
+        f"{ALL}, public, fine-tuned": impute(known, evidence.manifest, stage.public),
     }
     found = {}
     for name, start in begins.items():
         assert start is not None
-        healed = heal(
+        tuned = fine_tune(
             stage.model, stage.task, stage.data[client], stage.training, start, rounds=rounds
         )
-        found[name] = accuracy(stage, healed.state)
+        found[name] = accuracy(stage, tuned.state)
     return found
 
 
 def note(
     found: dict[str, float], name: str, evidence: Evidence, stage: Stage, sent: Sequence[Kept]
 ) -> None:
-    """What the union of some proxies reaches, with zeros and with the public model in its holes."""
-    loot = union(evidence, sent)
-    found[f"{name}, zeros"] = accuracy(stage, fill(loot, evidence.manifest))
-    found[f"{name}, public"] = accuracy(stage, fill(loot, evidence.manifest, stage.public))
+    """What some proxies reach together, with zeros and with the public model in its holes."""
+    known = pool(evidence, sent)
+    found[f"{name}, zeros"] = accuracy(stage, impute(known, evidence.manifest))
+    found[f"{name}, public"] = accuracy(stage, impute(known, evidence.manifest, stage.public))
 
 
 def last_common(evidence: Evidence, clients: Sequence[str]) -> list[Kept]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fedveil import Federation, FedQSN, ImageClassification, Secret, TextClassification, Training
 from fedveil.audit import Evidence, Kept
-from fedveil.audit.attacks import fill, union
+from fedveil.audit.attacks import impute, pool
 from fedveil.audit.tracing import Trace, read_model, trace
 from fedveil.quantization import quantize
 from fedveil.run import Manifest, Proxy
@@ -164,7 +164,7 @@ class Scene:
     def proxy(self, *numbers: int, holes: Mapping[str, Tensor] | None) -> State:
         """One proxy as a model, or several, the later over the earlier, with their holes filled."""
         sent = [self.evidence.proxies()[number] for number in numbers]
-        return fill(union(self.evidence, sent), self.manifest, holes)
+        return impute(pool(self.evidence, sent), self.manifest, holes)
 
     def all_of(self, number: int) -> list[int]:
         """Numbers of all messages to the client of one."""
@@ -287,7 +287,7 @@ def leaks(scene: Scene) -> Iterator[tuple[str, tuple[bool, bool]]]:
                 yield f"{name} | {holes}", judge(found, guilty)
             state = scene.proxy(*scene.all_of(number), holes=base)
             found = look(scene, state, base is not None)
-            yield f"newest of all his rounds | {holes}", judge(found, guilty)
+            yield f"newest of all its rounds | {holes}", judge(found, guilty)
 
 
 def blends(scene: Scene) -> Iterator[tuple[str, tuple[bool, bool]]]:

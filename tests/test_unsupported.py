@@ -122,7 +122,7 @@ def test_a_model_that_would_fail_later_is_refused_with_what_to_do(kind):
 
 @pytest.mark.parametrize("scheme", [FedAvg(), FedLPP(), FedQSN()], ids=lambda scheme: scheme.name)
 def test_a_server_by_itself_refuses_what_is_no_tensor_too(scheme):
-    """Who has a strategy of his own asks the scheme, and no federation."""
+    """Whoever writes a strategy asks the scheme, and no federation."""
     net = Net(lambda net: setattr(net, "odd", Extra()))
     net.first.requires_grad_(False)
     with pytest.raises(ConfigurationError, match=r"odd.*register_buffer"):

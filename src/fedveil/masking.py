@@ -38,7 +38,7 @@ class Masking:
         unbiased: Scale released units by 1/(1 - p), so that the proxy equals the model in
             expectation (the paper). Their updates are divided by the same factor.
 
-    What each does NOT protect: under ``fresh`` a client who keeps what he receives misses a unit
+    What each does NOT protect: under ``fresh`` a client that keeps what it receives misses a unit
     after T rounds only with probability p2^T, so p2 gives no lasting secrecy; under ``sticky``
     colluding clients still unite their different proxies; under ``grouped`` only clients of
     different groups gain by colluding. Server-masked units stay hidden from any coalition, but if

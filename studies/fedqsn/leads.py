@@ -42,9 +42,9 @@ JUDGES = ("that B was not tuned on", "that it was tuned on")
 PROJECTIONS = (1.25, 1.5)
 """How far beyond what clients taught the trajectory is drawn on, in private."""
 CALIBRATION = (4, 16)
-"""Steps in which the owner trains what came of it on his own rows."""
+"""Steps in which the owner trains what came of it on its own rows."""
 WEIGHTS = (1.0, 4.0, 16.0)
-"""The owner's model as one more to be merged counts for so many times his rows."""
+"""The owner's model as one more to be merged counts for so many times the owner's rows."""
 
 
 def tried(scene: Scene, seed: int, begun: str) -> dict[str, Any]:

@@ -22,9 +22,9 @@ class Recipe:
         scheme: What clients get.
         releases: Rounds in which all clients take part and do all their work; None for the scene's
             own plan of many rounds.
-        public: Release the public model that the owner's was fine-tuned from, and nothing of his.
+        public: Release the public model that the owner's was fine-tuned from, and nothing more.
         own_classes: Whether clients leave classes that they lack out of the softmax.
-        tuned: Whether the owner repeats his tuning on what came of it.
+        tuned: Whether the owner repeats its tuning on what came of it.
         work: Steps of a client, next to those of the scene's own plan.
         full: Try every attack there is, and not only the quick set.
         attacked: Whether to attack it at all.

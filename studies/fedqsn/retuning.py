@@ -1,4 +1,4 @@
-"""The owner tunes a model as he tuned his own, and takes what is best on the way."""
+"""The owner tunes a model as its own was tuned, and takes what is best on the way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["best", "on_the_way"]
 
 
 def on_the_way(scene: Scene, model: nn.Module, seed: int) -> list[nn.Module]:
-    """The model, what his tuning makes of it (last), and what lies between, of their weights."""
+    """The model, what lies between, and last what the owner's tuning makes of it."""
     end = copy.deepcopy(model)
     Trainer(scene.task, scene.tuned, scene.tuning).train(end, seed=seed)
     way = [model]
@@ -27,5 +27,5 @@ def on_the_way(scene: Scene, model: nn.Module, seed: int) -> list[nn.Module]:
 
 
 def best(scene: Scene, models: list[nn.Module]) -> nn.Module:
-    """The model with the least loss on rows of the owner that his was not tuned on."""
+    """The model with the least loss on rows that the owner's model was not tuned on."""
     return min(models, key=lambda model: evaluate(model, scene.task, scene.owner)["loss"])

@@ -54,12 +54,12 @@ class Scene:
         base: The owner's model.
         public: What anybody can get of the same architecture.
         task: What it is for.
-        tuned: The rows that he tuned it on.
-        owner: Rows of his that he did not tune it on.
+        tuned: The rows that the base was tuned on.
+        owner: Rows of the owner's that it was not tuned on.
         clients: Their rows.
         test: The owner's test set.
         plan: Of FedAvg and other schemes of many rounds.
-        tuning: How he tuned it.
+        tuning: How it was tuned.
     """
 
     base: nn.Module
@@ -160,7 +160,7 @@ def twenty_newsgroups(part: str) -> datasets.Dataset:
 def headlines(seed: int) -> Scene:
     """SmolLM2 (135 M parameters) with a LoRA adapter, tuned on 24 headlines of BBC News.
 
-    The backbone is public, and clients hold it; the owner's is his adapter. Ten clients have 64
+    The backbone is public, and clients hold it; the owner has its adapter. Ten clients have 64
     lead sentences and headlines each.
     """
     setting = GenerationSetting(seed=seed, clients=10, rows=64)

@@ -10,6 +10,7 @@ from torch import nn
 
 import toys
 from fedveil.audit import Evidence
+from fedveil.audit.attacks import attacks
 from fedveil.quantization import quantize
 from fedveil.run import Manifest
 from fedveil.state import read_state
@@ -23,6 +24,11 @@ def net(seed: int = 0) -> nn.Module:
     """One hidden layer of 256 neurons; no tensor is cut along two axes."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(16, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 3))
+
+
+def names(begins: str) -> set[str]:
+    """Names of all attacks that begin with something."""
+    return {attack.name for attack in attacks(begins)}
 
 
 class Recorded:

@@ -11,22 +11,22 @@ from fedveil.audit import Evidence
 from fedveil.audit.attacks import (
     FACTORS,
     SHARES,
-    Loot,
-    amplify,
+    PartialModel,
     average,
-    between,
     distil,
     extrapolate,
     federate,
-    fill,
-    heal,
+    fine_tune,
+    impute,
     infer_updates,
-    intersect,
+    interpolate,
     lacks_classes,
-    sparing,
-    union,
+    pool,
+    reconstruct,
+    restricted,
+    scale_task_vector,
 )
-from fedveil.audit.attacks.healing import PIECES
+from fedveil.audit.attacks.fine_tuning import PIECES
 from fedveil.quantization import quantize
 from fedveil.schemes import FedAvg, FedQSN
 from fedveil.state import load_state
@@ -54,30 +54,30 @@ def drift(number, tensors):
             tensor += 0.1 * torch.randn(tensor.shape)
 
 
-class TestUnion:
+class TestPooling:
     def test_holds_the_newest_value_of_all_that_was_ever_shown(self, tmp_path):
         recorder = Recorded(tmp_path, FedQSN(**EXACT, policy="fresh"), move=drift)
         evidence = recorder.play(4)
-        loot = union(evidence, evidence.proxies(["a"]))
+        held = pool(evidence, evidence.proxies(["a"]))
         newest = {n: torch.zeros(t.shape) for n, t in recorder.truth[1].items()}
         for kept in evidence.proxies(["a"]):
             selection = evidence.open(kept).selection
             for name, tensor in recorder.truth[kept.round].items():
                 selection.scatter(name, selection.gather(name, tensor), newest[name])
         for name, tensor in newest.items():
-            assert torch.equal(loot.values[name], tensor)
-            assert torch.equal(loot.values[name] != 0, loot.known[name])
+            assert torch.equal(held.values[name], tensor)
+            assert torch.equal(held.values[name] != 0, held.known[name])
 
     @pytest.mark.parametrize(("policy", "grows"), [("fresh", True), ("sticky", False)])
     def test_over_rounds_it_grows_under_fresh_masks_alone(self, tmp_path, policy, grows):
         evidence = Recorded(tmp_path, FedQSN(**EXACT, policy=policy)).play(5)
-        shares = [union(evidence, evidence.proxies(["a"])[:n]).share() for n in (1, 5)]
+        shares = [pool(evidence, evidence.proxies(["a"])[:n]).share() for n in (1, 5)]
         assert (shares[1] > shares[0] + 0.2) is grows
 
     def test_a_coalition_holds_what_its_masks_differ_in(self, tmp_path):
         evidence = Recorded(tmp_path, FedQSN(**EXACT, policy="sticky")).play(1)
-        alone = union(evidence, evidence.proxies(["a"]))
-        together = union(evidence, evidence.proxies(CLIENTS))
+        alone = pool(evidence, evidence.proxies(["a"]))
+        together = pool(evidence, evidence.proxies(CLIENTS))
         assert together.share() > alone.share() + 0.2
         for name in alone.known:
             assert (together.known[name] | ~alone.known[name]).all()
@@ -85,44 +85,44 @@ class TestUnion:
     def test_what_is_under_the_server_mask_is_in_nobodys(self, tmp_path):
         recorder = Recorded(tmp_path, FedQSN(**EXACT, policy="fresh"))
         evidence = recorder.play(6)
-        known = union(evidence, evidence.proxies()).known["1.bias"]
+        known = pool(evidence, evidence.proxies()).known["1.bias"]
         assert int((~known).sum()) == round(0.2 * 256)
 
 
-class TestFill:
+class TestImputation:
     def test_holes_are_filled_and_nothing_else(self, tmp_path):
         recorder = Recorded(tmp_path, FedQSN(**EXACT))
         evidence = recorder.play(1)
-        loot = union(evidence, evidence.proxies(["a"]))
+        held = pool(evidence, evidence.proxies(["a"]))
         public = toys.weights(net(seed=5))
-        state = fill(loot, evidence.manifest, public)
+        state = impute(held, evidence.manifest, public)
         for name, tensor in state.items():
-            known = loot.known[name]
+            known = held.known[name]
             assert torch.equal(tensor[known], recorder.truth[1][name][known])
             assert torch.equal(tensor[~known], public[name][~known])
-        zeros = fill(loot, evidence.manifest)
-        assert all((zeros[name][~loot.known[name]] == 0).all() for name in zeros)
+        zeros = impute(held, evidence.manifest)
+        assert all((zeros[name][~held.known[name]] == 0).all() for name in zeros)
 
     def test_a_public_base_gives_away_all_that_training_did_not_change(self, tmp_path):
         recorder = Recorded(tmp_path, FedQSN(**EXACT))
         evidence = recorder.play(1)
-        loot = union(evidence, evidence.proxies(["a"]))
-        state = fill(loot, evidence.manifest, toys.weights(net()))
+        held = pool(evidence, evidence.proxies(["a"]))
+        state = impute(held, evidence.manifest, toys.weights(net()))
         assert error(state, recorder.truth[1]) == 0
 
 
 class TestManyViews:
     PLAIN = FedQSN(units="neurons", policy="sticky", client_mask=0.0, server_mask=0.1, bits=4)
 
-    def released_error(self, loot, recorder, last):
-        return error(loot.values, recorder.truth[last], loot.known)
+    def released_error(self, held, recorder, last):
+        return error(held.values, recorder.truth[last], held.known)
 
-    @pytest.mark.parametrize("collect", [average, intersect])
+    @pytest.mark.parametrize("collect", [average, reconstruct])
     def test_of_deterministic_rounding_gain_nothing(self, tmp_path, collect):
         recorder = Recorded(tmp_path, self.PLAIN)
         evidence = recorder.play(6)
         sent = evidence.proxies()
-        one = self.released_error(union(evidence, sent), recorder, 6)
+        one = self.released_error(pool(evidence, sent), recorder, 6)
         many = self.released_error(collect(evidence, sent), recorder, 6)
         assert many == pytest.approx(one, rel=1e-3)
 
@@ -131,7 +131,7 @@ class TestManyViews:
         one, many = self.gain(tmp_path, scheme, stochastic, average)
         assert many < 0.6 * one
 
-    @pytest.mark.parametrize(("collect", "left"), [(average, 0.95), (intersect, 0.75)])
+    @pytest.mark.parametrize(("collect", "left"), [(average, 0.95), (reconstruct, 0.75)])
     def test_of_blocks_across_units_gain_much(self, tmp_path, collect, left):
         # What else is in a block changes with the mask, and with it the scale.
         scheme = FedQSN(
@@ -145,10 +145,10 @@ class TestManyViews:
         recorder = Recorded(folder, scheme, spoil=spoil)
         evidence = recorder.play(12)
         sent = evidence.proxies()
-        loots = union(evidence, sent), collect(evidence, sent)
-        return [self.released_error(loot, recorder, 12) for loot in loots]
+        models = pool(evidence, sent), collect(evidence, sent)
+        return [self.released_error(held, recorder, 12) for held in models]
 
-    def test_intersection_forgets_what_the_model_was_before(self, tmp_path):
+    def test_reconstruction_forgets_what_the_model_was_before(self, tmp_path):
         def jump(number, tensors):
             if number == 4:
                 tensors["1.weight"] += 1.0
@@ -156,8 +156,8 @@ class TestManyViews:
         recorder = Recorded(tmp_path, self.PLAIN, move=jump)
         evidence = recorder.play(4)
         sent = evidence.proxies()
-        newest = self.released_error(union(evidence, sent), recorder, 4)
-        assert self.released_error(intersect(evidence, sent), recorder, 4) <= 1.01 * newest
+        newest = self.released_error(pool(evidence, sent), recorder, 4)
+        assert self.released_error(reconstruct(evidence, sent), recorder, 4) <= 1.01 * newest
         assert self.released_error(average(evidence, sent), recorder, 4) > 2 * newest
 
     def test_an_interval_holds_its_value(self):
@@ -173,7 +173,7 @@ class TestManyViews:
                 assert ((low <= middle) & (middle <= high)).all()
 
 
-class TestExtrapolation:
+class TestWeightExtrapolation:
     def test_guesses_a_model_that_moves_evenly(self, tmp_path):
         scheme = FedQSN(
             units="neurons", policy="sticky", server_mask=0.0, client_mask=0.0, bits=None
@@ -183,51 +183,51 @@ class TestExtrapolation:
         coming = {n: 2 * recorder.truth[3][n] - recorder.truth[2][n] for n in recorder.truth[3]}
         guess = extrapolate(evidence, evidence.proxies(["a"]))
         assert error(guess.values, coming) < 1e-5
-        assert error(union(evidence, evidence.proxies(["a"])).values, coming) > 0.05
+        assert error(pool(evidence, evidence.proxies(["a"])).values, coming) > 0.05
 
-    def test_is_the_union_where_there_was_one_release(self, tmp_path):
+    def test_is_the_pooled_model_where_there_was_one_release(self, tmp_path):
         evidence = Recorded(tmp_path, FedQSN(**EXACT)).play(1)
         sent = evidence.proxies()
-        for name, value in union(evidence, sent).values.items():
+        for name, value in pool(evidence, sent).values.items():
             assert torch.equal(extrapolate(evidence, sent).values[name], value)
 
 
-class TestTraining:
+class TestFineTuning:
     TASK = ImageClassification(num_labels=3)
     TRAINING = Training(steps=15, batch_size=8, learning_rate=5e-3)
 
-    def test_healing_makes_a_model_better_on_data_like_its_own(self):
+    def test_fine_tuning_makes_a_model_better_on_data_like_its_own(self):
         data, model = self.TASK.prepare(toys.rows(60)), net()
-        healed = heal(model, self.TASK, data, self.TRAINING, toys.weights(net()))
-        load_state(model, healed.state)
+        tuned = fine_tune(model, self.TASK, data, self.TRAINING, toys.weights(net()))
+        load_state(model, tuned.state)
         after = evaluate(model, self.TASK, data)["loss"]
         assert after < evaluate(net(), self.TASK, data)["loss"]
-        assert 0 < healed.pieces <= PIECES
+        assert 0 < tuned.pieces <= PIECES
 
-    def test_healing_stops_before_it_does_harm(self):
+    def test_fine_tuning_stops_before_it_does_harm(self):
         # A rate so high that every step makes it worse.
         wild = Training(steps=5, batch_size=8, learning_rate=1.0, optimizer="sgd")
         start = toys.weights(net())
         data = self.TASK.prepare(toys.rows(40))
-        healed = heal(net(), self.TASK, data, wild, start)
-        if healed.pieces == 0:
-            assert all(torch.equal(healed.state[name], start[name]) for name in start)
+        tuned = fine_tune(net(), self.TASK, data, wild, start)
+        if tuned.pieces == 0:
+            assert all(torch.equal(tuned.state[name], start[name]) for name in start)
 
-    def test_healing_takes_a_single_example(self):
+    def test_fine_tuning_takes_a_single_example(self):
         data = self.TASK.prepare(toys.rows(1))
-        assert heal(net(), self.TASK, data, self.TRAINING, toys.weights(net())).state
+        assert fine_tune(net(), self.TASK, data, self.TRAINING, toys.weights(net())).state
 
-    def test_healing_repeats_itself(self):
+    def test_fine_tuning_repeats_itself(self):
         data = self.TASK.prepare(toys.rows(20))
         one, other = (
-            heal(net(), self.TASK, data, self.TRAINING, toys.weights(net())) for _ in range(2)
+            fine_tune(net(), self.TASK, data, self.TRAINING, toys.weights(net())) for _ in range(2)
         )
         assert toys.same(one.state, other.state)
 
     def test_a_student_learns_its_teachers_answers_without_labels(self):
         rows = toys.rows(80)
         task, data = self.TASK, self.TASK.prepare(rows)
-        teacher = heal(net(), task, data, self.TRAINING, toys.weights(net())).state
+        teacher = fine_tune(net(), task, data, self.TRAINING, toys.weights(net())).state
         student = distil(net(), task, data, self.TRAINING, teacher, toys.weights(net(seed=9))).state
         images = torch.stack([row["image"] for row in rows])
         answers = []
@@ -240,7 +240,7 @@ class TestTraining:
         assert agree[0] > agree[1] + 0.2
 
 
-class TestSparing:
+class TestRestrictedSoftmax:
     TASK = ImageClassification(num_labels=3)
 
     def mine(self):
@@ -249,21 +249,21 @@ class TestSparing:
         return self.TASK.prepare(rows[:60])
 
     @pytest.mark.parametrize("own_classes", [False, True])
-    def test_keeps_of_the_other_classes_what_healing_loses(self, own_classes):
+    def test_keeps_of_the_other_classes_what_fine_tuning_loses(self, own_classes):
         test, model = self.TASK.prepare(toys.rows(300, seed=50)), net()
         everything = self.TASK.prepare(toys.rows(300, 1))
         taught = Training(steps=30, batch_size=16, learning_rate=5e-3)
         torch.manual_seed(0)
         stolen = {  # as if released with few bits
             name: tensor + tensor.std() * torch.randn_like(tensor)
-            for name, tensor in heal(
+            for name, tensor in fine_tune(
                 model, self.TASK, everything, taught, toys.weights(net())
             ).state.items()
         }
         training = replace(taught, learning_rate=0.02, own_classes=own_classes)
         reached = {}
-        for how in (training, sparing(training)):
-            found = heal(model, self.TASK, self.mine(), how, stolen, rounds=6)
+        for how in (training, restricted(training)):
+            found = fine_tune(model, self.TASK, self.mine(), how, stolen, rounds=6)
             load_state(model, found.state)
             reached[how.own_classes] = evaluate(model, self.TASK, test)["accuracy"]
         assert reached[True] > reached[False] + 10
@@ -276,7 +276,7 @@ class TestSparing:
         assert not lacks_classes(toys.NextToken(), self.mine(), test)
 
 
-class TestInference:
+class TestUpdateInference:
     def run(self, folder, scheme, **changes):
         toys.federation(
             toys.mlp(),
@@ -307,10 +307,10 @@ class TestInference:
         assert list(infer_updates(evidence, "a")) == []
 
 
-def test_an_empty_loot_knows_nothing(tmp_path):
+def test_an_empty_partial_model_knows_nothing(tmp_path):
     evidence = Recorded(tmp_path, FedQSN(**EXACT)).play(1)
-    assert Loot.empty(evidence.manifest).share() == 0
-    assert union(evidence, []).share() == 0
+    assert PartialModel.empty(evidence.manifest).share() == 0
+    assert pool(evidence, []).share() == 0
 
 
 def states(dtype=torch.float32):
@@ -320,34 +320,34 @@ def states(dtype=torch.float32):
     return {**one, "n": torch.tensor(3)}, {**other, "n": torch.tensor(8)}
 
 
-class TestBetween:
+class TestWeightInterpolation:
     @pytest.mark.parametrize("share", [0.0, *SHARES, 1.0])
     def test_is_a_point_on_the_line(self, share):
         start, end = states()
-        found = between(start, end, share)
+        found = interpolate(start, end, share)
         for name in "wb":
             torch.testing.assert_close(found[name], (1 - share) * start[name] + share * end[name])
         assert int(found["n"]) == 8
 
     def test_keeps_dtypes(self):
         start, end = states(torch.bfloat16)
-        assert between(start, end, 0.5)["w"].dtype == torch.bfloat16
+        assert interpolate(start, end, 0.5)["w"].dtype == torch.bfloat16
 
 
-class TestAmplify:
+class TestTaskArithmetic:
     @pytest.mark.parametrize("factor", FACTORS)
     def test_undoes_a_release_of_a_fraction(self, factor):
         public, own = states()
-        shown = between(public, own, 1 / factor)
-        assert error({**amplify(public, shown, factor), "n": own["n"]}, own) < 1e-5
+        shown = interpolate(public, own, 1 / factor)
+        assert error({**scale_task_vector(public, shown, factor), "n": own["n"]}, own) < 1e-5
         assert error(shown, own) > 0.3
 
     def test_is_of_no_use_where_nothing_was_shown(self):
         public, _ = states()
-        assert toys.same(amplify(public, dict(public), 10.0), public)
+        assert toys.same(scale_task_vector(public, dict(public), 10.0), public)
 
 
-class TestFederate:
+class TestOneShotFederation:
     def test_attackers_with_other_classes_each_know_more_together(self):
         task, test = ImageClassification(num_labels=3), toys.rows(300, seed=50)
         data = {

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from audit_samples import changed, net
+from audit_samples import changed, names, net
 from torch import nn
 
 import fedveil
 import toys
 from fedveil.audit import Evidence, audit
-from fedveil.audit.attacks import between, can_forge
+from fedveil.audit.attacks import can_simulate, interpolate
 from fedveil.audit.words import sentence, title
 from fedveil.errors import AuditError, ConfigurationError
 from fedveil.run import Attacked, Audit, Checked, Exposure, Manifest
@@ -71,7 +71,7 @@ def best(found, clients, **more):
 
 
 class TestAFractionOfTheWayToTheOwnersModel:
-    """Who releases a model between the public one and his own."""
+    """An owner that releases a model between the public one and its own."""
 
     def test_is_all_of_it(self, tmp_path):
         public, rows = wide(seed=7), {"o": examples(400, 5)}
@@ -82,7 +82,7 @@ class TestAFractionOfTheWayToTheOwnersModel:
         )
         own = owner.run(1).global_model
         shown = copy.deepcopy(public)
-        load_state(shown, between(read_state(public), read_state(own), 0.1))
+        load_state(shown, interpolate(read_state(public), read_state(own), 0.1))
         scheme = FedQSN.once(server_mask=0.0, bits=None)
         run = federation(tmp_path, scheme, model=shown)
         run.run(1)
@@ -90,9 +90,9 @@ class TestAFractionOfTheWayToTheOwnersModel:
         models = {**stage.models, "base": read_state(own), "global": read_state(own)}
         stage = replace(stage, models=models)
         found = audit(Evidence(tmp_path), stage, full=True, coalitions=(1,))
-        amplified = best(found, 1, polish="amplification")
-        assert amplified == pytest.approx(found.models["global"]["accuracy"], abs=0.5)
-        assert best(found, 1, polish="") < amplified - 10
+        further = best(found, 1, polish="task arithmetic")
+        assert further == pytest.approx(found.models["global"]["accuracy"], abs=0.5)
+        assert best(found, 1, polish="") < further - 10
         assert found.strongest.leak > 0.9
 
 
@@ -108,12 +108,12 @@ class TestAPublicModelReleased:
     def test_once_leaks_nothing_and_the_audit_shows_why(self, tmp_path):
         found = self.audited(tmp_path)
         stolen = [a for a in found.attacks if a.released]
-        forged = [a for a in found.attacks if a.holes == "forged"]
-        assert [a.measures for a in forged] == [a.measures for a in stolen]
-        assert not any(a.released for a in forged)
+        simulated = [a for a in found.attacks if a.holes == "simulated"]
+        assert [a.measures for a in simulated] == [a.measures for a in stolen]
+        assert not any(a.released for a in simulated)
         assert all(a.leak is None or a.leak <= 0 for a in stolen)
         assert "byte for byte" in found.sentence
-        assert "themselves" in title(forged[0])
+        assert "themselves" in title(simulated[0])
 
     @pytest.mark.parametrize(
         "changes",
@@ -124,37 +124,37 @@ class TestAPublicModelReleased:
         ],
         ids=["rounds", "public", "mask"],
     )
-    def test_nothing_else_can_be_forged(self, tmp_path, changes):
+    def test_nothing_else_can_be_simulated(self, tmp_path, changes):
         found = self.audited(tmp_path, **changes)
-        assert not any(a.holes == "forged" for a in found.attacks)
+        assert not any(a.holes == "simulated" for a in found.attacks)
         assert "byte for byte" not in found.sentence
 
     def test_one_changed_byte_is_seen(self, tmp_path):
         run = federation(tmp_path, FedAvg(), model=wide(3), public=wide(7), owner=examples(40, 8))
         run.run(1)
         sent = Evidence(tmp_path).proxies(["c0", "c1"])
-        assert can_forge(FedAvg(), wide(7), sent)
-        assert not can_forge(FedAvg(), wide(6), sent)
-        assert not can_forge(FedQSN(), wide(7), sent)
-        assert not can_forge(FedAvg(), nn.Sequential(nn.Flatten()), sent)
-        assert not can_forge(FedAvg(), wide(7), [])
+        assert can_simulate(FedAvg(), wide(7), sent)
+        assert not can_simulate(FedAvg(), wide(6), sent)
+        assert not can_simulate(FedQSN(), wide(7), sent)
+        assert not can_simulate(FedAvg(), nn.Sequential(nn.Flatten()), sent)
+        assert not can_simulate(FedAvg(), wide(7), [])
         content = bytearray(sent[1].path.read_bytes())
         content[-1] ^= 1
         sent[1].path.write_bytes(content)
-        assert not can_forge(FedAvg(), wide(7), sent)
+        assert not can_simulate(FedAvg(), wide(7), sent)
 
 
 class TestThePapersRecipe:
-    def test_the_union_over_rounds_reaches_the_server_model(self, paper):
+    def test_pooling_over_rounds_reaches_the_server_model(self, paper):
         server = paper.models["server_model"]["accuracy"]
-        assert best(paper, 1, attack="union", rounds=6) > server - 5
-        assert best(paper, 1, attack="union", rounds=1) < server - 10
+        assert best(paper, 1, attack="pooling", rounds=6) > server - 5
+        assert best(paper, 1, attack="pooling", rounds=1) < server - 10
 
     def test_more_clients_and_more_rounds_know_more(self, paper):
         errors = {
             (len(a.clients), a.rounds): a.error_released
             for a in paper.attacks
-            if (a.attack, a.holes, a.polish) == ("union", "zeros", "")
+            if (a.attack, a.holes, a.polish) == ("pooling", "zeros", "")
         }
         assert errors[1, 6] < errors[1, 1]
         assert {size for size, _ in errors} == {1, 2, 3, 4}
@@ -167,12 +167,8 @@ class TestThePapersRecipe:
             assert attack.error_released < 0.6
 
     def test_everything_was_tried(self, paper):
-        assert {attack.attack for attack in paper.attacks} == {
-            "own data alone", "union", "average", "intersection", "extrapolation",
-        }  # fmt: skip
-        assert {attack.polish for attack in paper.attacks} == {
-            "", "healing", "distillation", "souping", "sparing", "federating", "amplification",
-        }  # fmt: skip
+        assert {a.attack for a in paper.attacks} == {"own data alone", *names("messages")}
+        assert {attack.polish for attack in paper.attacks} == {"", *names("model")}
         assert {a.holes for a in paper.attacks if a.released} == {"zeros", "public"}
         assert {a.holes for a in paper.attacks if not a.released} == {"nothing", "public"}
         assert all(title(attack) for attack in paper.attacks)
@@ -304,7 +300,7 @@ class TestTheSentence:
         """An audit in which one client attacked a model of 90 %."""
         alone = Attacked("own data alone", ("a",), 0, False, "public", "", {"accuracy": own})
         stolen = Attacked(
-            "union", ("a",), 1, True, "zeros", "", {"accuracy": reached},
+            "pooling", ("a",), 1, True, "zeros", "", {"accuracy": reached},
             (reached - own) / (90 - own), (reached - base) / (90 - base),
         )  # fmt: skip
         return Audit(
@@ -335,12 +331,12 @@ class TestTheSentence:
         )
         assert "No attack" not in sentence(self.found(60.0, 70.0, 50.0))
 
-    def test_what_one_of_two_coalitions_can_forge_is_not_what_both_can(self):
+    def test_what_one_of_two_coalitions_can_simulate_is_not_what_both_can(self):
         found = self.found(60.0, 70.0, 50.0)
-        forged = replace(found.attacks[0], holes="forged")
-        assert "byte for byte" in sentence(replace(found, attacks=[*found.attacks, forged]))
+        simulated = replace(found.attacks[0], holes="simulated")
+        assert "byte for byte" in sentence(replace(found, attacks=[*found.attacks, simulated]))
         other = replace(found.attacks[1], clients=("b",))
-        attacks = [*found.attacks, forged, other]
+        attacks = [*found.attacks, simulated, other]
         assert "byte for byte" not in sentence(replace(found, attacks=attacks))
 
     def test_how_many_checks_do_not_apply(self):
@@ -397,7 +393,8 @@ class TestBadInput:
             ("{", "cannot be read"),
             ("{}", "another version"),
             ('{"format": 1, "alarms": []}', "another version"),
-            ('{"format": 2}', "damaged"),
+            ('{"format": 2, "attacks": []}', "another version"),
+            ('{"format": 3}', "damaged"),
         ],
     )
     def test_a_damaged_audit(self, tmp_path, text, problem):

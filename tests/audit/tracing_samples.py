@@ -2,7 +2,7 @@
 
 import toys
 from fedveil.audit import Evidence
-from fedveil.audit.attacks import fill, union
+from fedveil.audit.attacks import impute, pool
 from studies.tracing import ALTERATIONS, NETS, Scene, judge, look, train
 
 __all__ = ["ALTERATIONS", "NETS", "Scene", "judge", "look", "proxy_of", "toy_run", "train"]
@@ -18,4 +18,4 @@ def toy_run(folder, model, rounds=2, **settings):
 def proxy_of(evidence, client, number, holes=None):
     """What a client was sent in a round, as a model."""
     kept = next(k for k in evidence.proxies([client]) if k.round == number)
-    return fill(union(evidence, [kept]), evidence.manifest, holes)
+    return impute(pool(evidence, [kept]), evidence.manifest, holes)

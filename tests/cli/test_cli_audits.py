@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import toys
 from fedveil.audit import Evidence
-from fedveil.audit.attacks import fill, union
+from fedveil.audit.attacks import impute, pool
 from fedveil.errors import AuditError, FedveilError
 from fedveil.run.folder import RunFolder
 
@@ -147,7 +147,7 @@ def leak(folder, path, public=None):
     """Publish what client-01 was sent in round 2, with its holes filled from a public model."""
     evidence = Evidence(folder)
     kept = next(k for k in evidence.proxies(["client-01"]) if k.round == 2)
-    save_file(fill(union(evidence, [kept]), evidence.manifest, public), path)
+    save_file(impute(pool(evidence, [kept]), evidence.manifest, public), path)
     return path
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fedveil.audit.attacks import registry
 from fedveil.config import load_config
 from fedveil.schemes import FedQSN
 
@@ -43,3 +44,21 @@ def test_python_example_learns_and_protects(capsys, monkeypatch):
     assert measures["proxy_after"]["accuracy"] < measures["global"]["accuracy"] - 5
     assert result.mean_bytes_down() < 0.25 * result.parameters_bytes
     assert "global" in capsys.readouterr().out
+
+
+def test_an_attack_of_ones_own_is_tried_with_the_others(capsys, monkeypatch):
+    monkeypatch.setattr(registry, "_ATTACKS", dict(registry._ATTACKS))
+    found = runpy.run_path(str(EXAMPLES / "new_attack.py"))["main"]()
+    own = [attack for attack in found.attacks if attack.polish == "soup with the public model"]
+    assert [(attack.released, attack.attack) for attack in own] == [(True, "pooling")]
+    assert {attack.polish for attack in found.attacks} >= {"fine-tuning", "task arithmetic"}
+    said = capsys.readouterr().out
+    assert f"soup with the public model: {own[0].measures['accuracy']:.1f} %" in said
+    assert found.sentence in said
+
+
+def test_contributors_are_shown_the_example_as_it_is():
+    code = (EXAMPLES / "new_attack.py").read_text(encoding="utf-8")
+    shown = (EXAMPLES.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    begin, end = code.index("# 1. Say"), code.index("def make_rows")
+    assert code[begin:end].strip() in shown

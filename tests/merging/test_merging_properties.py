@@ -250,7 +250,7 @@ def test_running_statistics_of_batch_norm_are_averaged_and_counters_left():
 
 
 def test_a_layer_without_a_gram_is_averaged():
-    """Nobody's weights are passed over because he showed less."""
+    """Nobody's weights are passed over for having shown less."""
     models = [mlp(seed) for seed in range(2)]
     first, second = measured(models, "regmean")
     message = first.message

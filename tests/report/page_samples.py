@@ -15,7 +15,7 @@ from fedveil import Evaluation, Federation, FedQSN, ImageClassification, Secret,
 from fedveil.run import Attacked, Audit, Checked, ClientExposure, Manifest, RoundRecord, UpdateGuess
 from fedveil.run.manifest import TensorInfo
 
-ATTACKS = ("latest", "union", "average", "distillation of answers")
+ATTACKS = ("latest", "pooling", "averaging", "distillation of answers")
 LIMITS = (
     "Attacks that nobody has thought of yet.",
     "What clients learn from one another outside of the federation.",
@@ -44,7 +44,7 @@ def audit(
         for size in sizes
     ]
     for strength, name in enumerate(ATTACKS[:attacks], start=1):
-        for polish in ("", "healing")[: 1 + (attacks > 2)]:
+        for polish in ("", "fine-tuning")[: 1 + (attacks > 2)]:
             top = strongest - 4 * (attacks - strength) - (0 if polish or attacks <= 2 else 2)
             for size in sizes:
                 for seen in sorted({1, min(2, rounds), rounds}):

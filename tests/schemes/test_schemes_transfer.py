@@ -272,10 +272,10 @@ class TestTheAudit:
     def test_attackers_have_the_public_model(self, found):
         assert "public" in found.models
         origins = {a.holes for a in found.attacks if not a.released}
-        assert origins == {"public", "nothing", "forged"}
+        assert origins == {"public", "nothing", "simulated"}
 
     def test_what_was_sent_is_the_public_model_as_attackers_have_it(self, found):
-        union = [a for a in found.attacks if a.attack == "union" and not a.polish]
-        for attack in union:
+        pooled = [a for a in found.attacks if a.attack == "pooling" and not a.polish]
+        for attack in pooled:
             assert attack.measures["loss"] == pytest.approx(found.models["public"]["loss"], rel=0.2)
         assert not found.answering("alarm")

@@ -1,4 +1,4 @@
-"""The owner repeats his tuning on what clients taught the public model."""
+"""The owner repeats its tuning on what clients taught the public model."""
 
 from dataclasses import replace
 

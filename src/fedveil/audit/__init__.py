@@ -1,7 +1,7 @@
 """What an attacker makes of exactly the bytes that clients were sent.
 
-It assumes an attacker who has all bytes of his coalition, the architecture, the scheme's source and
-the public base; only the federation secret is withheld from him.
+It assumes an attacker that has all bytes of its coalition, the architecture, the scheme's source
+and the public base; only the federation secret is withheld from it.
 """
 
 from fedveil.audit.auditing import audit

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from fedveil.audit.attacks import (
-    FACTORS,
-    SHARES,
-    Loot,
-    UpdateGuess,
-    amplify,
-    average,
-    between,
-    can_forge,
-    distil,
-    extrapolate,
-    federate,
-    fill,
-    heal,
-    infer_updates,
-    intersect,
-    lacks_classes,
-    sparing,
-    union,
+from fedveil.audit.attacks.coalition import Coalition, Simulated, Stolen
+from fedveil.audit.attacks.imputation import PUBLIC_VALUES, ZEROS
+from fedveil.audit.attacks.registry import (
+    MESSAGES,
+    MODEL,
+    PUBLIC,
+    UPDATES,
+    Attack,
+    Beginning,
+    attacks,
 )  # fmt: skip
-from fedveil.audit.attacks.distillation import scores_of
 from fedveil.audit.checks import check
 from fedveil.audit.evidence import Evidence, Kept
 from fedveil.audit.untrained import untrained
@@ -41,10 +31,13 @@ from fedveil.run.findings import (
     BASE,
     NAMED,
     NOTHING,
+    OWN_DATA,
     RELEASED,
+    SIMULATED,
     Attacked,
     Audit,
     ClientExposure,
+    UpdateGuess,
 )  # fmt: skip
 from fedveil.schemes import Facts
 from fedveil.state import fingerprint, load_state
@@ -109,7 +102,7 @@ def audit(
         checks=checks,
         exposure=_exposed(evidence, exposure),
         coalitions={size: exposure.share(order[:size]) for size in range(1, len(order) + 1)},
-        inferred=_inferred(evidence, order, tell),
+        inferred=attempt.inferred(order[0]) if order else [],
         bytes_down=_bytes(evidence),
         full=full,
         seconds=time.perf_counter() - started,
@@ -130,6 +123,15 @@ def _assumed(evidence: Evidence, stage: Stage) -> str:
     load_state(stage.model, stage.whole(stage.public))
     said = evidence.manifest.configuration.get("public")
     return RELEASED if said is not None and said == fingerprint(stage.model) else NAMED
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A model that an attack has made of messages, and what it reaches."""
+
+    attack: str
+    stolen: Stolen
+    reached: dict[str, float]
 
 
 @dataclass
@@ -154,65 +156,61 @@ class _Attempt:
 
     def by(self, clients: tuple[str, ...]) -> None:
         """Everything that one coalition tries."""
+        coalition = self.coalition(clients)
+        self._own_work(coalition)
+        begun = [self._collect(attack, coalition) for attack in attacks(MESSAGES, full=False)]
+        best = self._best_of(one for one in begun if one is not None)
+        if best is not None:
+            self._go_on(coalition, best)
+            self._after_each_round(coalition, best.stolen.holes)
+        for attack in self._of(MESSAGES):
+            if not attack.quick:
+                self._collect(attack, coalition)
+        if any(True for attack in self._of(PUBLIC) for _ in attack.on(coalition, Simulated)):
+            self._count_as_own(coalition)
+
+    def coalition(self, clients: tuple[str, ...]) -> Coalition:
+        """Some clients that attack together, with all that they were sent."""
         sent = self.evidence.proxies(clients)
-        self._own_work(clients, sent)
-        loot = union(self.evidence, sent)
-        start, holes = self._with_holes("union", clients, sent, loot)
-        self._train("union", clients, sent, loot, start, holes)
-        for last in self._shorter(sent) if self.full or len(clients) == 1 else ():
-            short = [kept for kept in sent if kept.round <= last]
-            self._fill("union", clients, short, union(self.evidence, short), holes)
-        if self.full:
-            for name, collect in (
-                ("average", average), ("intersection", intersect), ("extrapolation", extrapolate),
-            ):  # fmt: skip
-                self._with_holes(name, clients, sent, collect(self.evidence, sent))
-        if self._can_forge(sent):
-            self._forge(clients)
+        who = _who(clients)
+        return Coalition(
+            clients, sent, self.evidence, self.stage,
+            rounds=EFFORT[self.full] * _count_rounds(sent),
+            ways=(ZEROS,) if self.stage.public is None else (ZEROS, PUBLIC_VALUES),
+            untrained=self._untrained, tell=lambda text: self.tell(f"{who}: {text}"),
+        )  # fmt: skip
 
-    def _can_forge(self, sent: Sequence[Kept]) -> bool:
-        """Whether these clients could have made all by themselves that they were sent."""
-        stage = self.stage
-        if stage.public is None or stage.scheme is None:
-            return False
-        load_state(stage.model, stage.whole(stage.public))
-        return can_forge(stage.scheme, stage.model, sent)
+    def inferred(self, client: str) -> list[UpdateGuess]:
+        """What a client infers of the others' updates; nothing if no updates were kept."""
+        coalition = self.coalition((client,))
+        return [one for attack in self._of(UPDATES) for one in attack.on(coalition, UpdateGuess)]
 
-    def _forge(self, clients: tuple[str, ...]) -> None:
-        """What they reached is what they reach without a released byte."""
-        mine = [n for n, a in enumerate(self.found) if a.clients == clients and a.released]
-        for attack in [self.found[number] for number in mine]:
-            self._note_own(clients, "forged", attack.polish, dict(attack.measures))
-        for number in mine:
-            attack = self.found[number]
-            leak = self._share(attack.measures, self.own[clients])
-            self.found[number] = replace(attack, leak=leak)
+    def _of(self, begins: Beginning) -> tuple[Attack, ...]:
+        return attacks(begins, full=self.full)
 
-    def _own_work(self, clients: tuple[str, ...], sent: Sequence[Kept]) -> None:
+    def _own_work(self, coalition: Coalition) -> None:
         """What these clients reach without a released byte: the floor under every leak.
 
         A quick audit tries the public model alone, if there is one: from nothing they get less far.
         """
         public = self.stage.public
         if public is not None:
-            self._learn_alone(clients, sent, public, "public")
+            self._learn_alone(coalition, public, "public")
         if public is None or self.full:
-            self._learn_alone(clients, sent, self._untrained(), "nothing")
+            self._learn_alone(coalition, self._untrained(), NOTHING)
 
-    def _learn_alone(
-        self, clients: tuple[str, ...], sent: Sequence[Kept], start: State, origin: str
-    ) -> None:
-        stage, who = self.stage, _who(clients)
-        healed = heal(
-            stage.model, stage.task, stage.pooled(clients), stage.training, stage.whole(start),
-            rounds=self._rounds(sent), seed=stage.seed,
-            tell=lambda text: self.tell(f"{who}: own data alone, {text}"),
-        )  # fmt: skip
-        reached = self._better(stage.measure(start), stage.measure(healed.state))
-        self._note_own(clients, origin, "healing", reached)
-        if self.full:
-            for polish, state in self._further(clients, sent, stage.whole(start), healed.state):
-                self._note_own(clients, origin, polish, stage.measure(state))
+    def _learn_alone(self, coalition: Coalition, start: State, origin: str) -> None:
+        stage, begun = self.stage, self.stage.measure(start)
+        told = coalition.tell
+        coalition = replace(
+            coalition, start=stage.whole(start), tell=lambda text: told(f"{OWN_DATA}, {text}")
+        )
+        for attack in self._of(MODEL):
+            for stolen in attack.on(coalition, Stolen) if attack.alone else ():
+                reached = stage.measure(stolen.state)
+                if attack.quick:  # whoever finds training of no use leaves the start as it is
+                    reached = self._better(begun, reached)
+                self._note_own(coalition.clients, origin, attack.name, reached)
 
     def _note_own(
         self, clients: tuple[str, ...], origin: str, polish: str, reached: dict[str, float]
@@ -220,105 +218,66 @@ class _Attempt:
         self.own[clients] = self._better(reached, self.own.get(clients, reached))
         self.found.append(
             Attacked(
-                "own data alone", clients, 0, False, origin, polish, reached,
+                OWN_DATA, clients, 0, False, origin, polish, reached,
                 leak=0.0, gain_shown=self._gain(reached),
             )
         )  # fmt: skip
 
-    def _further(
-        self, clients: tuple[str, ...], sent: Sequence[Kept], start: State, healed: State
-    ) -> Iterator[tuple[str, State]]:
-        """What else comes of training a model on: on the way back, and each attacker on his own."""
-        stage, who = self.stage, _who(clients)
-        for share in SHARES:
-            yield "souping", between(start, healed, share)
-        data = stage.pooled(clients)
-        if lacks_classes(stage.task, data, stage.test):
-            spared = heal(
-                stage.model, stage.task, data, sparing(stage.training), start,
-                rounds=self._rounds(sent), seed=stage.seed,
-                tell=lambda text: self.tell(f"{who}: sparing, {text}"),
-            )  # fmt: skip
-            for share in (*SHARES, 1.0):
-                yield "sparing", between(start, spared.state, share)
-        if len(clients) > 1:
-            yield "federating", federate(
-                stage.model, stage.task, {name: stage.data[name] for name in clients},
-                stage.training, start, rounds=len({kept.round for kept in sent}), seed=stage.seed,
-                tell=lambda text: self.tell(f"{who}: federating, {text}"),
-            )  # fmt: skip
+    def _count_as_own(self, coalition: Coalition) -> None:
+        """What they reached is what they reach without a released byte."""
+        clients = coalition.clients
+        mine = [n for n, a in enumerate(self.found) if a.clients == clients and a.released]
+        for attacked in [self.found[number] for number in mine]:
+            self._note_own(clients, SIMULATED, attacked.polish, dict(attacked.measures))
+        for number in mine:
+            attacked = self.found[number]
+            leak = self._share(attacked.measures, self.own[clients])
+            self.found[number] = replace(attacked, leak=leak)
 
-    def _with_holes(
-        self, name: str, clients: tuple[str, ...], sent: Sequence[Kept], loot: Loot
-    ) -> tuple[State, str]:
-        """Fill what is missing in every way that there is; the best, and how it was filled."""
-        ways = ["zeros"] if self.stage.public is None or loot.share() == 1 else ["zeros", "public"]
-        tried = [(*self._fill(name, clients, sent, loot, holes), holes) for holes in ways]
-        # The best of what was measured: there is always one, as every measure is a number.
-        _, stolen, holes = self.metric.best(tried, lambda one: one[0]) or tried[0]
-        return stolen, holes
+    def _collect(self, attack: Attack, coalition: Coalition) -> _Measured | None:
+        """The best that an attack makes of messages; None if it makes nothing."""
+        return self._best_of(
+            self._note(coalition, attack.name, stolen) for stolen in attack.on(coalition, Stolen)
+        )
 
-    def _fill(
-        self, name: str, clients: tuple[str, ...], sent: Sequence[Kept], loot: Loot, holes: str
-    ) -> tuple[dict[str, float], State]:
-        """What comes of zeros, or of the public model, in the place of what is missing."""
-        filling = self.stage.public if holes == "public" else None
-        stolen = fill(loot, self.evidence.manifest, filling)
-        return self._note(name, clients, sent, loot, stolen, holes, ""), stolen
+    def _best_of(self, tried: Iterable[_Measured]) -> _Measured | None:
+        name, best = self.metric.name, None
+        for one in tried:
+            if best is None or self.metric.lead(one.reached[name], best.reached[name]) > 0:
+                best = one
+        return best
 
-    def _train(
-        self,
-        name: str,
-        clients: tuple[str, ...],
-        sent: Sequence[Kept],
-        loot: Loot,
-        start: State,
-        holes: str,
-    ) -> None:
-        stage, who = self.stage, _who(clients)
-        data, start = stage.pooled(clients), stage.whole(start)
-        healed = heal(
-            stage.model, stage.task, data, stage.training, start, rounds=self._rounds(sent),
-            seed=stage.seed, tell=lambda text: self.tell(f"{who}: healing, {text}"),
-        )  # fmt: skip
-        self._note(name, clients, sent, loot, healed.state, holes, "healing")
-        if self.full:
-            for polish, state in self._further(clients, sent, start, healed.state):
-                self._note(name, clients, sent, loot, state, holes, polish)
-        if self.full and stage.public is not None:
-            for factor in FACTORS:
-                amplified = amplify(stage.public, start, factor)
-                self._note(name, clients, sent, loot, amplified, holes, "amplification")
-        if self.full and scores_of(stage.task) is not None:
-            student = stage.public if stage.public is not None else self._untrained()
-            taught = distil(
-                stage.model, stage.task, data, stage.training, start, stage.whole(student),
-                rounds=self._rounds(sent), seed=stage.seed,
-                tell=lambda text: self.tell(f"{who}: distilling, {text}"),
-            )  # fmt: skip
-            self._note(name, clients, sent, loot, taught.state, holes, "distillation")
+    def _go_on(self, coalition: Coalition, begun: _Measured) -> None:
+        """Everything that begins with a model."""
+        coalition = replace(coalition, start=self.stage.whole(begun.stolen.state))
+        for attack in self._of(MODEL):
+            for stolen in attack.on(coalition, Stolen):
+                whole = replace(stolen, holes=begun.stolen.holes, known=begun.stolen.known)
+                self._note(coalition, begun.attack, whole, attack.name)
+
+    def _after_each_round(self, coalition: Coalition, holes: str) -> None:
+        """What attackers had made of it who had stopped listening; in quick audits one client."""
+        if not self.full and len(coalition.clients) > 1:
+            return
+        for last in sorted({kept.round for kept in coalition.sent})[:-1]:
+            sent = [kept for kept in coalition.sent if kept.round <= last]
+            for attack in attacks(MESSAGES, full=False):
+                self._collect(attack, replace(coalition, sent=sent, ways=(holes,)))
 
     def _note(
-        self,
-        name: str,
-        clients: tuple[str, ...],
-        sent: Sequence[Kept],
-        loot: Loot,
-        stolen: State,
-        holes: str,
-        polish: str,
-    ) -> dict[str, float]:
-        self.tell(f"{_who(clients)}: measuring {name}, holes: {holes}")
-        measures = self.stage.measure(stolen)
-        released, withheld = _errors(stolen, self.stage.models["global"], loot)
-        leak = self._share(measures, self.own[clients])
+        self, coalition: Coalition, attack: str, stolen: Stolen, polish: str = ""
+    ) -> _Measured:
+        coalition.tell(f"measuring {polish or attack}, holes: {stolen.holes}")
+        measures = self.stage.measure(stolen.state)
+        released, withheld = _errors(stolen, self.stage.models["global"])
         self.found.append(
             Attacked(
-                name, clients, len({kept.round for kept in sent}), True, holes, polish, measures,
-                leak, self._gain(measures), released, withheld,
+                attack, coalition.clients, _count_rounds(coalition.sent), True, stolen.holes,
+                polish, measures, self._share(measures, self.own[coalition.clients]),
+                self._gain(measures), released, withheld,
             )
         )  # fmt: skip
-        return measures
+        return _Measured(attack, stolen, measures)
 
     def _gain(self, measures: Mapping[str, float]) -> float | None:
         return self._share(measures, self.models["base"])
@@ -334,16 +293,8 @@ class _Attempt:
         return other if self.metric.lead(other[name], one[name]) > 0 else one
 
     def _untrained(self) -> State:
-        """What an attacker begins with who has no public model."""
+        """What an attacker begins with that has no public model."""
         return untrained(self.stage.model, self.stage.models["global"], self.stage.seed)
-
-    def _rounds(self, sent: Sequence[Kept]) -> int:
-        """For how many rounds' work an attacker trains at most."""
-        return EFFORT[self.full] * len({kept.round for kept in sent})
-
-    def _shorter(self, sent: Sequence[Kept]) -> list[int]:
-        """Rounds after which an attacker may have stopped listening, but for the last."""
-        return sorted({kept.round for kept in sent})[:-1]
 
 
 def _sizes(chosen: Collection[int] | None, full: bool) -> Collection[int]:
@@ -405,29 +356,23 @@ def _by_what_they_saw(exposure: Exposure) -> list[str]:
     return chosen
 
 
-def _inferred(evidence: Evidence, order: Sequence[str], tell: Tell) -> list[UpdateGuess]:
-    """What the client who saw most infers of the others; nothing if no updates were kept."""
-    guesses = []
-    for client in order[:1]:
-        for guess in infer_updates(evidence, client):
-            tell(f"{client}: inferring the others' updates of round {guess.round}")
-            guesses.append(guess)
-    return guesses
-
-
-def _errors(stolen: State, truth: State, loot: Loot) -> tuple[float | None, float | None]:
+def _errors(stolen: Stolen, truth: State) -> tuple[float | None, float | None]:
     """Relative errors of weights where they are known, and where they are not."""
     sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
-    for name, known in loot.known.items():
+    for name, known in ({} if stolen.known is None else stolen.known.known).items():
         if not truth[name].is_floating_point():
             continue
         wanted = truth[name].float()
-        apart, size = (stolen[name].float() - wanted).square(), wanted.square()
+        apart, size = (stolen.state[name].float() - wanted).square(), wanted.square()
         for side, where in ((True, known), (False, ~known)):
             sums[side][0] += float(apart[where].sum())
             sums[side][1] += float(size[where].sum())
     errors = [(a / b) ** 0.5 if b > 0 else None for a, b in (sums[True], sums[False])]
     return errors[0], errors[1]
+
+
+def _count_rounds(sent: Iterable[Kept]) -> int:
+    return len({kept.round for kept in sent})
 
 
 def _exposed(evidence: Evidence, exposure: Exposure) -> dict[str, ClientExposure]:

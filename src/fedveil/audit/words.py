@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from fedveil.audit.attacks.registry import title_of
 from fedveil.run.findings import (
     ALARM,
     BASE,
@@ -12,6 +13,7 @@ from fedveil.run.findings import (
     NOT_APPLICABLE,
     NOTHING,
     RELEASED,
+    SIMULATED,
     Attacked,
     Audit,
     Checked,
@@ -34,17 +36,9 @@ NOT_PROTECTED: Final = (
 _NOTHING: Final = 0.005
 """Shares below this are not worth a word."""
 
-_TITLES: Final = {
-    "own data alone": "own data alone",
-    "union": "union of all that was sent, newest first",
-    "average": "mean of all that was sent",
-    "intersection": "intersection of the intervals of codes",
-    "extrapolation": "next model, guessed from the last two",
-}
-
 _ORIGINS: Final = {
     "public": "the public model",
-    "forged": "proxies that they made of the public model themselves",
+    SIMULATED: "proxies that they made of the public model themselves",
 }
 
 
@@ -58,13 +52,13 @@ _ASSUMED: Final = {
 
 def title(attack: Attacked) -> str:
     """What was done, for people who were not there."""
-    parts = [_TITLES.get(attack.attack, attack.attack)]
+    parts = [title_of(attack.attack)]
     if not attack.released:
         parts.append(f"from {_ORIGINS.get(attack.holes, attack.holes)}")
     else:
         parts.append(f"holes: {attack.holes}")
     if attack.polish:
-        parts.append(attack.polish)
+        parts.append(title_of(attack.polish))
     return ", ".join(parts)
 
 
@@ -82,7 +76,7 @@ def sentence(audit: Audit) -> str:
         text += f" {count} clients who pool everything get to {_reached(audit, together)}."
     if together is None:
         text += " No attack was tried: what clients can make of what they were sent is not known."
-    if _all_can_forge(audit):
+    if _all_can_simulate(audit):
         text += " All that they were sent anybody can make of the public model, byte for byte."
     text += _ASSUMED.get(audit.assumed, "")
     if audit.doubt is not None:
@@ -90,11 +84,11 @@ def sentence(audit: Audit) -> str:
     return text + _of_checks(audit)
 
 
-def _all_can_forge(audit: Audit) -> bool:
+def _all_can_simulate(audit: Audit) -> bool:
     """Whether each coalition that attacked could have made by itself what it was sent."""
     attackers = {attack.clients for attack in audit.attacks}
-    forgers = {attack.clients for attack in audit.attacks if attack.holes == "forged"}
-    return bool(attackers) and attackers == forgers
+    simulators = {attack.clients for attack in audit.attacks if attack.holes == SIMULATED}
+    return bool(attackers) and attackers == simulators
 
 
 def _of_checks(audit: Audit) -> str:

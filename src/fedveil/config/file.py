@@ -64,7 +64,7 @@ class Config:
         scheme: The method.
         scheme_name: What to call it in reports: its name, and its preset if one was chosen.
         training: How clients train.
-        tuning: How the owner tuned his model, which he repeats on what clients taught; or None.
+        tuning: How the owner tuned its model, repeated on what clients taught; or None.
         evaluation: What is measured.
         bounds: How much one client may weigh and change.
         generation: How the tuned model answers the test set's prompts; None if it is not asked.
@@ -161,7 +161,7 @@ def load_config(path: str | Path) -> Config:
         problems.add(
             "A key is missing", *lacking,
             expected="`public` in [model] and `owner` in [data], both or neither",
-            fix="Where a public model is released, the owner's data say how much his own learns.",
+            fix="Where a public model is released, the owner's data say how much its own learns.",
         )  # fmt: skip
     data = _read(DataTable, "data", tables["data"], problems)
     partition = _read(PartitionTable, "partition", tables["partition"], problems)

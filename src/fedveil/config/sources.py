@@ -36,7 +36,7 @@ class Rows:
         clients: Rows by client; none of clients on other machines.
         test: The owner's test set, or None.
         owner: The owner's own rows, or None.
-        tuned: The rows that his model was tuned on, or None.
+        tuned: The rows that the owner's model was tuned on, or None.
         names: Class names in order; none for language models.
     """
 

@@ -40,7 +40,7 @@ class DataTable(Table):
         test_split: Split of a hub data set.
         test_limit: Use at most this many rows, drawn at random.
         owner: File or hub name of the owner's own rows, with `public` in [model]: they say how much
-            his model is to learn.
+            the owner's model is to learn.
         owner_split: Split of a hub data set.
         owner_limit: Use at most this many rows, drawn at random.
         tuned: File or hub name of the rows that the owner's model was tuned on, with [tuning].

@@ -62,7 +62,7 @@ SHOWN = ("fedavg", "fedqsn-paper", "fedqsn-regmean", "fedqsn-public")
 RELEASED_ONCE = ("fedqsn-regmean", "fedqsn-public")
 """Schemes that release one proxy per client, and let the clients do all their work on that."""
 OF_PUBLIC = ("fedqsn-public",)
-"""Schemes that release the public model that the owner's was tuned from, and nothing of his."""
+"""Schemes that release the public model of which the owner's was tuned, and nothing of that."""
 AUDITED = ("fedqsn-paper", "fedqsn-public")
 """Schemes whose bytes are kept, and attacked at the end: as published, and ours."""
 
@@ -82,8 +82,8 @@ class Setting:
     Attributes:
         seed: Decides splits, the new head, sampling, batch order and dropout.
         owner_documents: Documents on which the owner tunes the public model beforehand.
-        judging_documents: More of his, that he does not tune on: where clients train the public
-            model, they say what his is to be made of. With 0 those say it that he tuned on, and
+        judging_documents: More of the owner's, not tuned on: where clients train the public model,
+            they say what the owner's is to be made of. With 0 those say it that were tuned on, and
             clients have as many more.
         test_documents: The owner's test set.
         clients: Partners; classes are skewed by Dirichlet(alpha).
@@ -92,8 +92,8 @@ class Setting:
         max_length: Tokens of a document that the classifier reads.
         owner_training: How the owner tunes beforehand, and on what clients taught the public model.
         training: How a client trains in a round.
-        total_steps: Steps of a client in all rounds together, on average: what he takes as well if
-            he tunes the base on his own data alone, or is sent a single proxy.
+        total_steps: Steps of a client in all rounds together, on average: what it takes as well if
+            it tunes the base on its own data alone, or is sent a single proxy.
         measured_proxies: Clients of the last round whose proxies are measured.
         releases: How many proxies a client may be sent at most; None for any number.
     """
@@ -127,7 +127,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scene:
-    """The owner's base, what he tuned it on, his other rows; each client's; what is public."""
+    """The base, rows that it was tuned on, the owner's others, each client's, and what is public."""
 
     base: nn.Module
     public: nn.Module
@@ -155,13 +155,13 @@ def run_demo(
     with offline(), fast_matmul(), ConsoleProgress(console) as progress:
         console.print(
             f"The owner tunes MiniLM (22.7 M parameters) on {setting.owner_documents} documents of "
-            f"his own; {setting.clients} clients hold the others, each mostly of few classes.",
+            f"its own; {setting.clients} clients hold the others, each mostly of few classes.",
             soft_wrap=True,
         )
         if workers > 1:
             start_importing(_WORKER_MODULES)
         scene = prepare(setting)
-        own = Text("own data alone", "bold") + ": each client tunes the base by himself"
+        own = Text("own data alone", "bold") + ": each client tunes the base by itself"
         console.print()
         console.print(own)
         base, own_data = own_data_alone(scene, setting, workers, progress)
@@ -184,7 +184,7 @@ def run_demo(
 
 
 def prepare(setting: Setting) -> Scene:
-    """Split the documents, and let the owner tune the public model on his own."""
+    """Split the documents, and let the owner tune the public model on its own."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     documents = bbc_news().shuffle(seed=setting.seed)
@@ -220,7 +220,7 @@ def prepare(setting: Setting) -> Scene:
 def own_data_alone(
     scene: Scene, setting: Setting, workers: int, observer: Observer | None = None
 ) -> tuple[float, float]:
-    """Accuracy, in percent, of the base, and of the clients' models if each tunes it by himself.
+    """Accuracy, in percent, of the base, and of the clients' models if each tunes it by itself.
 
     The latter is a mean over clients. That is one round of FedAvg that is never averaged: what each
     client holds after training.

@@ -26,7 +26,7 @@ class Observer:
         """Somebody is waited for; told at every look, also if nothing has changed."""
 
     def client_refused(self, number: int, client: str, reason: str) -> None:
-        """A client was not sent a proxy: it would have shown him more than is allowed."""
+        """A client was not sent a proxy: that would have shown it more than is allowed."""
 
     def client_finished(self, number: int, client: str, failure: str | None) -> None:
         """A client's reply was used, or was not because of ``failure``."""

@@ -390,7 +390,7 @@ class Rounds:
             self._exposure = Exposure(self.manifest)
 
     def _refusal(self, client: str, proxy: bytearray | memoryview) -> str | None:
-        """Why a client may not be sent this; if he may, it is written down as released."""
+        """Why a client may not be sent this; if it may, the release is written down."""
         if self._exposure is None:
             return None
         message = Message.from_bytes(proxy)

@@ -47,7 +47,7 @@ def name_clients(clients: Mapping[str, Rows] | Sequence[Rows]) -> dict[str, Rows
 
 
 def check_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names, if every client has one of his own that can be used everywhere."""
+    """The names, if every client has one of its own that can be used everywhere."""
     if not names:
         raise ConfigurationError("A federation needs clients", expected="at least 1", found="none")
     if len(set(names)) < len(names):

@@ -382,7 +382,7 @@ class Federation:
 
         Args:
             public: A model of the same architecture that anybody can get, from which attackers may
-                begin: what the owner began with himself, if that is public. None if there is none
+                begin: what the owner itself began with, if that is public. None if there is none
                 but what the federation releases in the model's place.
 
         Raises:
@@ -471,7 +471,7 @@ class Federation:
                 "A public model to be released and the owner's data belong together",
                 expected="public=... and owner=..., or neither",
                 found="no public model" if public is None else "no data of the owner",
-                fix="Some dozens of the owner's rows say how much his model is to learn.",
+                fix="Some dozens of the owner's rows say how much its model is to learn.",
             )
         if public is model:
             raise ConfigurationError(
@@ -484,7 +484,7 @@ class Federation:
         return copy_of(public) if copy else public, rows
 
     def _read_likeness(self) -> Likeness | None:
-        """How far the public model is from the owner's, if it is not his."""
+        """How far the public model is from the owner's, if these are two."""
         if self._public is None or self._owner is None:
             return None
         own = self.scheme.tensors(self._model)

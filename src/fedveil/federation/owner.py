@@ -1,4 +1,4 @@
-"""What the owner does with his own rows: judges models by their loss, and tunes them."""
+"""What the owner does with its own rows: judges models by their loss, and tunes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Judge", "Tuner", "Tuning"]
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the owner made his model of what it was fine-tuned from; he can repeat it.
+    """How the owner made its model of what that was fine-tuned from, to be repeated.
 
     Attributes:
         rows: What it was tuned on. They stay on the server.

@@ -30,7 +30,7 @@ class Stage:
         task: What it is for.
         test: The owner's test set.
         training: How clients train; attackers do as well.
-        data: What each client has: an attacker has his own.
+        data: What each client has: an attacker has its own.
         models: ``global`` (the final one), ``base`` and perhaps ``server_model``. Where the base
             has more in it than the global model, as the backbone under an adapter, that is what
             everybody holds.

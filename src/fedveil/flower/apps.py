@@ -31,7 +31,7 @@ from fedveil.run.folder import RunFolder
 __all__ = ["FEDERATION", "PARTNER", "client", "find_partner", "run", "server"]
 
 FEDERATION = "FEDVEIL_FEDERATION"
-"""The environment variable of the owner's machine that names his file: it reaches no client."""
+"""The environment variable that names the owner's file on the owner's machine: no client has it."""
 PARTNER = "fedveil"
 """The key of a SuperNode's --node-config that names the client's file."""
 

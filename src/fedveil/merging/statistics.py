@@ -1,4 +1,4 @@
-"""What the owner of a model measures on his own data, for others to merge it by."""
+"""What the owner of a model measures on its own data, for others to merge it by."""
 
 from __future__ import annotations
 

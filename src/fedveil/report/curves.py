@@ -53,7 +53,7 @@ def best(attacks: Iterable[Attacked], metric: Metric) -> Attacked | None:
 
 
 def attack_name(attack: Attacked) -> str:
-    """An attack and what was done afterwards, such as "union + healing"."""
+    """An attack and what was done afterwards, such as "pooling + fine-tuning"."""
     return f"{attack.attack} + {attack.polish}" if attack.polish else attack.attack
 
 

@@ -115,7 +115,7 @@ class RunFolder:
 
     @cached_property
     def exposure(self) -> Mapping[str, ClientExposure]:
-        """By client, what he was shown: from the audit or else from the ledger.
+        """By client, what it was shown: from the audit or else from the ledger.
 
         Raises:
             CheckpointError: The ledger is damaged, or lists less than was released.

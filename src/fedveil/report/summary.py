@@ -35,7 +35,7 @@ def summarize(
         seconds: Wall-clock time of the run.
         base: What the base reaches, if the run itself did not measure it: accuracy in percent, or
             the loss of a language model in nats per token.
-        own_data: What a client reaches with the base and his data alone, likewise.
+        own_data: What a client reaches with the base and its own data alone, likewise.
 
     Returns:
         ``name``; ``base``, ``global``, ``server_model``, ``proxy_before``, ``proxy_after`` and

@@ -39,7 +39,7 @@ class Exposure:
     What a share says: how many of the owner's model's numbers some clients were ever sent, in any
     round, at any number of bits. Of a tensor that is cut along two axes a number counts as shown if
     its row and its column were ever shown, though not together: the share is never too small. Where
-    a public model is released in the owner's place, none are his.
+    a public model is released in the owner's place, none are the owner's.
 
     What it does NOT bound: what can be guessed of the rest (from a public base, or by training on
     own data); how well the shown part works as a model; what the trained model's other releases
@@ -97,7 +97,7 @@ class Exposure:
         return 0.0 if total is None else self._share(total)
 
     def history(self, client: str) -> dict[int, float]:
-        """The client's share after each round in which he was sent something, by round."""
+        """The client's share after each round in which it was sent something, by round."""
         shares, total = {}, None
         for number, _, shown in self.releases([client]):
             total = shown if total is None else total | shown
@@ -117,7 +117,7 @@ class Exposure:
         )
 
     def share_after(self, client: str, message: Message) -> float:
-        """The client's share if this message, too, were released to him."""
+        """The client's share if this message, too, were released to it."""
         shown = Shown.of(Proxy(message, self._manifest))
         before = self._totals.get(client)
         return self._share(shown if before is None else before | shown)

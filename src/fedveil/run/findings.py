@@ -13,17 +13,22 @@ from fedveil.files import read_record, write_whole
 from fedveil.tasks.metrics import metric_named
 
 __all__ = [
-    "ALARM", "BASE", "NAMED", "NOTHING", "NOT_APPLICABLE", "RELEASED", "SOUND", "Attacked", "Audit",
-    "Checked", "ClientExposure", "Outcome", "UpdateGuess", "furthest",
+    "ALARM", "BASE", "NAMED", "NOTHING", "NOT_APPLICABLE", "OWN_DATA", "RELEASED", "SIMULATED",
+    "SOUND", "Attacked", "Audit", "Checked", "ClientExposure", "Outcome", "UpdateGuess", "furthest",
 ]  # fmt: skip
 
-FORMAT = 2
+FORMAT = 3
 NAME = "audit.json"
 
 Outcome = Literal["alarm", "sound", "not applicable"]
 ALARM: Final = "alarm"
 SOUND: Final = "sound"
 NOT_APPLICABLE: Final = "not applicable"
+
+OWN_DATA: Final = "own data alone"
+"""What stands in the place of an attack where no released byte was used."""
+SIMULATED: Final = "simulated"
+"""What such work began with, if it was proxies that attackers made themselves."""
 
 NOTHING: Final = "nothing"
 RELEASED: Final = "what the run released"
@@ -40,13 +45,14 @@ class Attacked:
     """One attack with one set of bytes.
 
     Attributes:
-        attack: Which, as "union".
+        attack: What was made of messages, by the name of the attack, as "pooling"; without released
+            bytes "own data alone".
         clients: Whose bytes were pooled: one client, or a coalition.
         rounds: In how many rounds they were sent something.
         released: Whether any released bytes were used; the attacker's own work alone if not.
         holes: What stands where nothing was released: "zeros", "public" or "base". Without
-            released bytes what was begun with: "public", "nothing", or "forged" proxies.
-        polish: What was done afterwards: "" or "healing" or "distillation".
+            released bytes what was begun with: "public", "nothing", or "simulated" proxies.
+        polish: What was done afterwards, by the name of the attack, as "fine-tuning"; or "".
         measures: What the stolen model reaches.
         leak: ``(attack - own) / (global - own)``, which is the same share whether more is better
             or, as of losses, less; None where it means nothing.
@@ -122,8 +128,8 @@ class UpdateGuess:
 
     Attributes:
         client: Who guesses.
-        round: The round that is guessed at; he was sent a proxy in it and in the next one.
-        cosine: Between the guess and the mean of the others' updates, on the elements that he was
+        round: The round that is guessed at; the client was sent a proxy in it and in the next one.
+        cosine: Between the guess and the mean of the others' updates, on the elements that it was
             shown twice: 1 is certainty, 0 is chance.
         share: Of the model's weights that the guess is about, from 0 to 1.
     """
@@ -218,7 +224,8 @@ class Audit:
         absent = AuditError(
             "The run has not been audited", where=str(folder), fix=f"Run: fedveil audit {folder}"
         )
-        # Format 1 called sound what nobody had looked at, and does not say of what.
+        # Format 1 called sound what nobody had looked at, and does not say of what. Format 2 has
+        # other names of attacks.
         again = f"Audit the run again: fedveil audit {folder}"
         return read_record(folder / NAME, FORMAT, cls._from_json, AuditError, absent, again)
 

@@ -55,8 +55,8 @@ class FedLPP(Scheme):
         error_feedback: Clients keep what that loses and add it to their next update.
         aggregation: How updates become one: "mean", or another that works on the adapter's layers.
 
-    Does NOT protect: the backbone, which everybody holds; the adapter beyond its last bits. Who
-    averages what he was sent over rounds gets closer to it than by any one release.
+    Does NOT protect: the backbone, which everybody holds; the adapter beyond its last bits. A
+    client that averages what it was sent over rounds gets closer to it than by any one release.
     """
 
     name: ClassVar[str] = "fedlpp"

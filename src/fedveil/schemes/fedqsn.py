@@ -89,8 +89,8 @@ class FedQSN(Scheme):
             in less time and memory, but for dropout among them, which draws other numbers.
 
     Does NOT protect: released units. A client holds them at ``bits`` precision, one round behind
-    the global model, and what he trains is his. Masks hide a unit from one client, not from all:
-    see :class:`~fedveil.masking.Masking` for what coalitions and repeated rounds give away.
+    the global model, and what it trains is its own. Masks hide a unit from one client, not from
+    all: see :class:`~fedveil.masking.Masking` for what coalitions and repeated rounds give away.
     """
 
     name: ClassVar[str] = "fedqsn"

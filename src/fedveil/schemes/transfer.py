@@ -31,7 +31,7 @@ COEFFICIENTS = (
     (1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.75, 1.0), (0.5, 1.0), (0.25, 1.0), (0.0, 1.0),
     (0.75, 0.75), (0.5, 0.5), (0.3, 0.7),
 )  # fmt: skip
-"""How much of the owner's task vector, and of the clients', is tried. The first is his base."""
+"""How much of the owner's task vector, and of the clients', is tried. The first is the base."""
 
 STRETCHES = (0.25, 0.5, 0.75, 1.0)
 """How far of the way that tuning takes what was taught is tried (WiSE-FT; 2109.01903)."""
@@ -51,7 +51,7 @@ class Transfer:
     sum of both would go too far, and where they have taught nothing, B stays as it is. No byte of a
     release depends on B.
 
-    Whoever can repeat what he made B with, may do so on what was taught: P_t becomes T by the same
+    An owner that can repeat what made B may do so on what was taught: P_t becomes T by the same
     training on the same data, and the models on the way, ``P_t + c (T - P_t)`` with c of
     `STRETCHES`, are judged beside the sums. P need not have anything to do with B then: if nothing
     like B is public, a random initialization will do.
@@ -60,8 +60,8 @@ class Transfer:
     have in common: it is fresh, and taken whole, ``a B + b P_t``, so that both heads answer.
 
     Does NOT protect: the public model, or what clients teach it: from a second round on, proxies
-    show what earlier rounds have taught it (not to B). What the owner's model answers, if he lets
-    others ask it, is not looked at here.
+    show what earlier rounds have taught it (not to B). What the owner's model answers, if
+    others may ask it, is not looked at here.
 
     Args:
         scheme: The method.
@@ -72,7 +72,7 @@ class Transfer:
             much.
         fresh: Patterns (as in the shell) of tensors that the owner's model did not begin with as
             they are in the public one, such as "classifier.*".
-        tune: What repeats the owner's training, at the end of each round; None if he cannot.
+        tune: What repeats the owner's training, at the end of each round; None if that cannot be.
 
     Raises:
         ConfigurationError: The scheme cannot work with the public model, or a pattern matches none
@@ -170,7 +170,7 @@ class Transfer:
         return chosen
 
     def final(self) -> StateDict:
-        """The owner's model with what was taught, in the dtypes he brought."""
+        """The owner's model with what was taught, in the dtypes that it was brought in."""
         tuned = {name: tensor.clone() for name, tensor in self._tuned.items()}
         return {**self._at(*self._chosen), **tuned}
 

@@ -43,7 +43,7 @@ class Training:
             after the other: less memory for the same gradient, but for rounding and BatchNorm.
         gradient_checkpointing: Compute activations twice instead of keeping them: less memory, more
             time. For models of transformers.
-        own_classes: Classes of which a client has no example are no part of his softmax (FedRS, Li
+        own_classes: Classes of which a client has no example are no part of its softmax (FedRS, Li
             and Zhan 2021, with a factor of 0): clients of few classes do not teach the model that
             the others never occur. For classification.
         device: Where models train and are measured, such as "cuda"; None where they are. Everything

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from fedveil.audit.attacks.healing import Healing, heal
+from fedveil.audit.attacks.coalition import Coalition, Stolen
+from fedveil.audit.attacks.fine_tuning import FineTuned, fine_tune
+from fedveil.audit.attacks.registry import MODEL, register_attack
 from fedveil.errors import ConfigurationError
 from fedveil.state import load_state
 from fedveil.tasks import Prepared
 from fedveil.tasks.task import Batch, Dataset, Measure, Task
 from fedveil.training import Training
 
-__all__ = ["distil", "scores_of"]
+__all__ = ["distil", "distillation", "scores_of"]
 
 _TEMPERATURE = 2.0
 
@@ -41,6 +43,28 @@ class HasAnswers(Task, Protocol):
         """Scores of all answer tokens of a batch, [tokens, V], and the tokens themselves."""
 
 
+@register_attack(
+    "distillation",
+    title="distilled into a fresh model",
+    does="trains a public model (an untrained one, if there is none) to answer as the stolen one "
+    "does",
+    source="Hinton et al. 2015, arXiv 1503.02531",
+    begins=MODEL,
+)
+def distillation(coalition: Coalition) -> Iterator[Stolen]:
+    """The student of :func:`distil`; nothing if models of the task cannot teach each other."""
+    stage = coalition.stage
+    if scores_of(stage.task) is None:
+        return
+    student = coalition.untrained() if stage.public is None else stage.public
+    taught = distil(
+        stage.model, stage.task, coalition.data, stage.training, coalition.start,
+        stage.whole(student), rounds=coalition.rounds, seed=stage.seed,
+        tell=lambda text: coalition.tell(f"distillation, {text}"),
+    )  # fmt: skip
+    yield Stolen(taught.state)
+
+
 def scores_of(task: Task) -> Scores | None:
     """What one model can teach another by; None if the task has nothing like that."""
     if isinstance(task, HasLogits):
@@ -61,23 +85,23 @@ def distil(
     rounds: int = 6,
     seed: int = 0,
     tell: Callable[[str], None] = lambda text: None,
-) -> Healing:
+) -> FineTuned:
     """Train a student to answer as the stolen model does, on the attacker's own inputs.
 
     Labels are not needed. It carries over what a proxy knows and leaves its holes behind.
     Distillation with temperature 2 as in arXiv 1503.02531.
 
-    Knows: the stolen model, a public one to begin with, his own data.
+    Knows: the stolen model, a public one to begin with, the attacker's own data.
 
     Args:
         model: The architecture; its weights are overwritten.
         task: What it is for; scores of classes are compared, or of each token of an answer.
         data: The attacker's own.
-        training: How he trains.
+        training: How the attacker trains.
         teacher: The stolen model.
         student: What the student begins as.
-        rounds: As of :func:`heal`.
-        seed: As of :func:`heal`.
+        rounds: As of :func:`fine_tune`.
+        seed: As of :func:`fine_tune`.
         tell: Hears of each piece.
 
     Raises:
@@ -94,7 +118,7 @@ def distil(
     load_state(wise, teacher)
     taught = _Taught(task, scores, wise)
     every = replace(training, own_classes=False)  # the teacher scores all classes
-    return heal(model, taught, data, every, student, rounds=rounds, seed=seed, tell=tell)
+    return fine_tune(model, taught, data, every, student, rounds=rounds, seed=seed, tell=tell)
 
 
 class _Taught:
@@ -123,7 +147,7 @@ class _Taught:
         return self._task.collate(rows)
 
     def measure(self, model: nn.Module, batch: Batch) -> Measure:
-        """How well it answers as it should; the attacker stops by his own labels."""
+        """How well it answers as it should; the attacker stops by its own labels."""
         return self._task.measure(model, batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -192,7 +192,7 @@ class Masks:
         return {mask: tuple(sorted(clients)) for mask, clients in owners.items()}
 
     def _unions(self) -> Iterator[Candidate]:
-        """Who keeps the newest value of each unit over his rounds bears the union of his masks."""
+        """A client that keeps the newest value of each unit bears the union of its masks."""
         for client, masks in sorted(self._of_client.items()):
             rounds = sorted(masks)
             union = np.zeros(self._total, bool)

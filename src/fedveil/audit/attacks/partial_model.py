@@ -1,4 +1,4 @@
-"""What a coalition holds of the model."""
+"""The part of a model that a coalition holds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from fedveil.run.manifest import Manifest
 from fedveil.run.shown import Proxy
 
-__all__ = ["Loot"]
+__all__ = ["PartialModel"]
 
 
 @dataclass
-class Loot:
+class PartialModel:
     """Stolen values, and where there are any.
 
     Attributes:
@@ -26,7 +26,7 @@ class Loot:
     known: dict[str, Tensor]
 
     @classmethod
-    def empty(cls, manifest: Manifest) -> Loot:
+    def empty(cls, manifest: Manifest) -> PartialModel:
         """Nothing at all."""
         values, known = {}, {}
         for name, info in manifest.tensors.items():

@@ -1,22 +1,24 @@
-"""Healing: training a stolen model on, on the attacker's own data."""
+"""Fine-tuning: training a stolen model on, on the attacker's own data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from fedveil.audit.attacks.coalition import Coalition, Stolen
+from fedveil.audit.attacks.registry import MODEL, register_attack
 from fedveil.state import load_state, read_state
 from fedveil.tasks import Prepared, Task
 from fedveil.training import Trainer, Training, evaluate
 
-__all__ = ["Healing", "heal"]
+__all__ = ["FineTuned", "fine_tune", "fine_tuned", "fine_tuning"]
 
 PIECES = 6
-"""How often the attacker looks at his held-out part: after each sixth of what he trains at most."""
+"""How often the attacker looks at its held-out part: after each sixth of what it trains at most."""
 _HELD_OUT = 5
 """One in so many of the attacker's examples is held out to tell when to stop."""
 _ENOUGH = 100
@@ -24,11 +26,11 @@ _ENOUGH = 100
 
 
 @dataclass(frozen=True)
-class Healing:
+class FineTuned:
     """A model after the attacker has trained it.
 
     Attributes:
-        state: The best of what he came by, by his held-out part.
+        state: The best of what it came by, by its held-out part.
         pieces: After how many pieces of training that was; 0 if training made it worse.
     """
 
@@ -36,7 +38,35 @@ class Healing:
     pieces: int
 
 
-def heal(
+@register_attack(
+    "fine-tuning",
+    title="fine-tuned",
+    does="trains the model on with the attackers' own data, and stops where the loss on a held-out "
+    "fifth of them is least",
+    source="of stolen parts: Zhang et al. 2024, arXiv 2310.07152",
+    begins=MODEL,
+    quick=True,
+    alone=True,
+)
+def fine_tuning(coalition: Coalition) -> Iterator[Stolen]:
+    """What :func:`fine_tune` makes of the start."""
+    yield Stolen(fine_tuned(coalition).state)
+
+
+def fine_tuned(coalition: Coalition) -> FineTuned:
+    """The same for all attacks that need it: a start is fine-tuned once."""
+    stage = coalition.stage
+    return coalition.once(
+        "fine-tuning",
+        lambda: fine_tune(
+            stage.model, stage.task, coalition.data, stage.training, coalition.start,
+            rounds=coalition.rounds, seed=stage.seed,
+            tell=lambda text: coalition.tell(f"fine-tuning, {text}"),
+        ),
+    )  # fmt: skip
+
+
+def fine_tune(
     model: nn.Module,
     task: Task,
     data: Prepared,
@@ -46,20 +76,20 @@ def heal(
     rounds: int = 6,
     seed: int = 0,
     tell: Callable[[str], None] = lambda text: None,
-) -> Healing:
+) -> FineTuned:
     """Fine-tune with early stopping: stop where the loss on a held-out part is least.
 
-    Knows: the stolen model (or, for the baseline, the public one), his own data, and how the
-    clients of the federation train. It closes holes that matter for his task, and is what an
+    Knows: the stolen model (or, for the baseline, the public one), the attacker's own data, and how
+    the clients of the federation train. It closes holes that matter for the task, and is what an
     attacker does anyway.
 
     Args:
         model: The architecture; its weights are overwritten.
         task: What it is for.
         data: The attacker's own.
-        training: How he trains in a round of the federation.
-        start: What he begins with.
-        rounds: He trains for as many of them at most.
+        training: How the attacker trains in a round of the federation.
+        start: What it begins with.
+        rounds: It trains for as many of them at most.
         seed: Decides the held-out part, the order of examples and dropout.
         tell: Hears of each piece.
     """
@@ -75,7 +105,7 @@ def heal(
         loss = evaluate(model, task, held_out)["loss"]
         if loss < best_loss:
             best, best_loss, best_at = _copy(model), loss, piece
-    return Healing(best, best_at)
+    return FineTuned(best, best_at)
 
 
 def _split(data: Prepared, seed: int) -> tuple[Prepared, Prepared]:

@@ -7,27 +7,46 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from fedveil.audit.attacks.coalition import Coalition
+from fedveil.audit.attacks.registry import UPDATES, register_attack
 from fedveil.audit.evidence import Evidence, Kept
 from fedveil.quantization import QuantizedTensor
 from fedveil.run.findings import UpdateGuess
 from fedveil.run.shown import Proxy
 from fedveil.wire import Dense, Message
 
-__all__ = ["UpdateGuess", "infer_updates"]
+__all__ = ["infer_updates", "update_inference"]
+
+
+@register_attack(
+    "update inference",
+    title="the others' mean update, inferred",
+    does="takes the difference of the proxies before and after a round, less the client's own "
+    "part: about the mean of the others' updates",
+    source="our name; successive snapshots: Melis et al. 2019, arXiv 1805.04049",
+    begins=UPDATES,
+    quick=True,
+)
+def update_inference(coalition: Coalition) -> Iterator[UpdateGuess]:
+    """What each client of the coalition infers alone."""
+    for client in coalition.clients:
+        for guess in infer_updates(coalition.evidence, client):
+            coalition.tell(f"inferring the others' updates of round {guess.round}")
+            yield guess
 
 
 def infer_updates(evidence: Evidence, client: str) -> Iterator[UpdateGuess]:
-    """Take the difference of successive proxies, less his own part of it.
+    """Take the difference of successive proxies, less the client's own part of it.
 
-    What a round added to the model is the mean of its clients' updates. A client who is sent the
-    model before and after sees that mean through the quantization, and knows his own part.
+    What a round added to the model is the mean of its clients' updates. A client that is sent the
+    model before and after sees that mean through the quantization, and knows its own part.
 
-    Knows: his proxies, his own updates, and how many clients took part. The others' updates are
+    Knows: its proxies, its own updates, and how many clients took part. The others' updates are
     read to measure the guess only.
 
     Yields:
         A guess for each round of which updates were kept, with what they are updates of, and after
-        which he was sent a proxy again.
+        which the client was sent a proxy again.
     """
     sent = {kept.round: kept for kept in evidence.proxies([client])}
     known = {(kept.round, kept.client) for kept in evidence.proxies()}
@@ -67,7 +86,7 @@ def _guess(
 
 
 def _update(evidence: Evidence, kept: Kept) -> dict[str, Tensor]:
-    """A client's update, whole: zero where he was released nothing."""
+    """A client's update, whole: zero where nothing was released to it."""
     sent = next(one for one in evidence.proxies([kept.client]) if one.round == kept.round)
     selection, message = evidence.open(sent).selection, kept.read()
     updates = {}
