@@ -127,7 +127,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scene:
-    """The base, rows that it was tuned on, the owner's others, each client's, and what is public."""
+    """The base, rows that it was tuned on, the owner's others, the clients', and a public model."""
 
     base: nn.Module
     public: nn.Module
