@@ -93,6 +93,8 @@ class TestAFractionOfTheWayToTheOwnersModel:
         amplified = best(found, 1, polish="amplification")
         assert amplified == pytest.approx(found.models["global"]["accuracy"], abs=0.5)
         assert best(found, 1, polish="") < amplified - 10
+        assert found.strongest is not None
+        assert found.strongest.leak is not None
         assert found.strongest.leak > 0.9
 
 
