@@ -31,10 +31,12 @@ from statistics import median
 import transformers
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from fedveil.config import build, load_config
 from fedveil.deploy import Address, write_deployment
 from fedveil.hub import bbc_news, minilm_folder
+from fedveil.training import TrainingRecord
 
 HERE = Path(__file__).parent
 NAMES = ("clinic-1", "clinic-2", "clinic-3")
@@ -241,8 +243,8 @@ def figures_of(
     figures = {
         kind: {
             "seconds": median(end - start for start, end in times),
-            "down": median(relay.between(*span, "down") for span in times),
-            "up": median(relay.between(*span, "up") for span in times),
+            "down": median(relay.between(start, end, "down") for start, end in times),
+            "up": median(relay.between(start, end, "up") for start, end in times),
         }
         for kind, times in spans.items()
     }
@@ -273,7 +275,7 @@ def work_in_process(folder: Path) -> dict[str, float]:
         spent = dict.fromkeys(parts, 0.0)
 
         class Timed(LocalRun):
-            def __call__(self, model):
+            def __call__(self, model: nn.Module) -> TrainingRecord:
                 started = time.perf_counter()
                 record = super().__call__(model)
                 spent["training"] += time.perf_counter() - started  # noqa: B023  used at once

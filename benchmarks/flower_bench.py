@@ -38,7 +38,7 @@ def _plain(message: Message, context: Context) -> Message:
 
     partner = apps.find_partner(context)
     model = partner.place.architecture
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     record = LocalRun(partner.place.trainers[partner.name], seed=0)(model)
     metrics = MetricRecord({"num-examples": record.examples})
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
@@ -53,6 +53,7 @@ def _main(grid: Grid, context: Context) -> None:
 
     config = load_config(os.environ[apps.FEDERATION])
     times = int(os.environ["FEDVEIL_BENCH_ROUNDS"])
+    assert config.partners is not None
     clients = len(config.partners.names)
     while len(nodes := list(grid.get_node_ids())) < clients:
         time.sleep(1)
@@ -71,8 +72,10 @@ def _round(
 ) -> tuple[float, float]:
     """One round of messages without fedveil's; answers are looked for as often as fedveil does."""
     began = time.time()
-    content = {"config": ConfigRecord({"round": int(began)})}
-    records = content if arrays is None else {"arrays": arrays, **content}
+    config = ConfigRecord({"round": int(began)})
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {"config": config}
+    if arrays is not None:
+        records = {"arrays": arrays, **records}
     messages = [
         Message(content=RecordDict(records), dst_node_id=node, message_type=kind) for node in nodes
     ]

@@ -84,7 +84,8 @@ def llama(millions: int) -> nn.Module:
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config)
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model
 
 
 def fp32_bytes(model: nn.Module) -> int:
@@ -105,11 +106,11 @@ def a_round(
     else:
         model = llama(millions)
     options = {"copy": False} if mapped else {}
-    rows = [[(7 * i + j) % 1000 for j in range(8)] for i in range(2)]
+    rows: Any = [[(7 * i + j) % 1000 for j in range(8)] for i in range(2)]
     federation = Federation(
         model,
         {"a": rows, "b": rows},
-        task=NextToken(),  # type: ignore[arg-type]
+        task=NextToken(),
         scheme=FedQSN(),
         training=Training(steps=1, batch_size=1),
         test=rows if test else None,

@@ -53,12 +53,15 @@ def build(name: str) -> nn.Module:
         config = transformers.BertConfig(
             hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_labels=4
         )
-        return transformers.BertForSequenceClassification(config)
+        model: nn.Module = transformers.BertForSequenceClassification(config)
+        return model
     settings = {"n_layer": 2, "vocab_size": 50257 // 6, "num_labels": 4, "pad_token_id": 0}
     config = transformers.GPT2Config(**settings, bos_token_id=1, eos_token_id=2)
     if name == "gpt2-lm":
-        return transformers.GPT2LMHeadModel(config)
-    return transformers.GPT2ForSequenceClassification(config)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        model = transformers.GPT2ForSequenceClassification(config)
+    return model
 
 
 class Tokens:
@@ -190,7 +193,9 @@ class Counted:
     weights: list[int] = field(default_factory=list)
 
     def __call__(self, model: nn.Module) -> LocalRecord:
-        layers = (m for m in model.modules() if hasattr(m, "nf") or isinstance(m, nn.Linear))
+        layers: Iterator[Any] = (
+            m for m in model.modules() if hasattr(m, "nf") or isinstance(m, nn.Linear)
+        )
         self.weights.append(sum(layer.weight.numel() for layer in layers))
         return TrainingRecord(1, 1, 0.0, 0.0)
 

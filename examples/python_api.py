@@ -1,6 +1,7 @@
 """A federation in Python: a small network, eight clinics, generated data. Runs in seconds."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ import fedveil
 from fedveil.training import Trainer
 
 
-def make_rows(count: int, seed: int) -> list[dict]:
+def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
     """Noisy 8 x 8 images whose class (0, 1 or 2) is the row that is brighter."""
     generator = torch.Generator().manual_seed(seed)
     rows = []

@@ -18,16 +18,17 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fedveil.aggregation import Mean, Observed, RegMean, RegMeanSums
+from fedveil.aggregation import Mean, Observed, RegMean, RegMeanSums, Replay
 from fedveil.aggregation.gram import Moments
 from fedveil.aggregation.linear import linear_layers
 from fedveil.demo import Scene, Setting, fast_matmul, prepare
@@ -68,13 +69,16 @@ class AllForms:
 
     observed: dict[str, Observed] = field(default_factory=dict)
 
-    def observe(self, model, replay, changed, selection) -> Observed:
+    def observe(
+        self, model: nn.Module, replay: Replay, changed: Collection[str], selection: Selection
+    ) -> Observed:
         """See `fedveil.aggregation.Aggregation`."""
         taken: dict[Mean | RegMean, Observed] = {}
         for name, form in FORMS.items():
             # These two are used by the server only.
-            used = isinstance(form, RegMean)
-            same = replace(form, off_diagonal=0.9, ridge=1e-3) if used else form
+            same = form
+            if isinstance(form, RegMean):
+                same = replace(form, off_diagonal=0.9, ridge=1e-3)
             if same not in taken:
                 taken[same] = form.observe(model, replay, changed, selection)
             self.observed[name] = taken[same]
@@ -91,8 +95,12 @@ def accuracies(scene: Scene, setting: Setting) -> dict[str, dict[str, float]]:
     servers = {name: scheme.server(scene.base, secret) for name, scheme in schemes.items()}
     for server in servers.values():
         server.begin_round(1)
-    forms, sizes = AllForms(), {name: [] for name in FORMS}
-    side = replace(FedQSN(client_mask=0.0, shrink=False).client(), aggregation=forms)
+    forms, sizes = AllForms(), dict[str, list[int]]()
+    # A client only observes.
+    side = replace(
+        FedQSN(client_mask=0.0, shrink=False).client(),
+        aggregation=forms,  # type: ignore[arg-type]
+    )
     model = copy.deepcopy(scene.base)
     for number, (client, data) in enumerate(sorted(scene.clients.items())):
         trainer = Trainer(scene.task, data, at.training)
@@ -104,7 +112,7 @@ def accuracies(scene: Scene, setting: Setting) -> dict[str, dict[str, float]]:
                 "update", "fedqsn", 1, client, {**update.sections, **observed.sections},
                 {**update.scalars, **observed.scalars},
             )  # fmt: skip
-            sizes[name].append(len(reply.to_bytes()) - len(update.to_bytes()))
+            sizes.setdefault(name, []).append(len(reply.to_bytes()) - len(update.to_bytes()))
             server.absorb(client, reply, float(trainer.examples))
     values = {}
     for name, server in servers.items():
@@ -157,9 +165,10 @@ def cases() -> Iterator[tuple[str, int, int, RegMean]]:
 def cost(outputs: int, inputs: int, form: RegMean) -> dict[str, float]:
     """Seconds and megabytes for one layer: taking, sending, adding and solving, two clients."""
     torch.set_num_threads(1)
-    layer = nn.Sequential(nn.Linear(inputs, outputs, bias=False))
+    linear = nn.Linear(inputs, outputs, bias=False)
+    layer = nn.Sequential(linear)
     everything, layers = Selection((), {}, {}), linear_layers(layer)
-    shapes = {"0.weight": layer[0].weight.shape}
+    shapes = {"0.weight": linear.weight.shape}
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1024, inputs, generator=generator)
     update = torch.randn(outputs, inputs, generator=generator)
@@ -192,8 +201,9 @@ def cost(outputs: int, inputs: int, form: RegMean) -> dict[str, float]:
 
 def first_inputs(scene: Scene) -> Iterator[torch.Tensor]:
     """What the first layer would see of every token, [tokens, inputs], place after place."""
-    embeddings = scene.base.bert.embeddings.eval()
-    tokens = torch.arange(scene.base.config.vocab_size)[:, None]
+    base: Any = scene.base
+    embeddings = base.bert.embeddings.eval()
+    tokens = torch.arange(base.config.vocab_size)[:, None]
     for place in range(1, Setting().max_length - 1):
         with torch.no_grad():
             yield embeddings(input_ids=tokens, position_ids=torch.full_like(tokens, place))[:, 0]
@@ -213,7 +223,8 @@ def reveals(documents: int, form: RegMean, scene: Scene, inputs: list[torch.Tens
     reply = Message("update", "x", 1, "client", observed.sections, observed.scalars)
     shapes = {key: tensor.shape for key, tensor in read_state(scene.base).items()}
     _, grams = form.codec.decode(reply, linear_layers(scene.base), shapes, everything)
-    gram = torch.block_diag(*grams[name].dense(1.0, 1e-3)).double()
+    blocks = grams[name].dense(1.0, 1e-3)
+    gram = torch.block_diag(*blocks).double()  # type: ignore[no-untyped-call]
     half = torch.linalg.inv(torch.linalg.cholesky(_lifted(gram))).float()
     far = torch.stack([(seen @ half.t()).square().sum(dim=1) for seen in inputs]).amin(dim=0)
     present = torch.zeros(len(far), dtype=torch.bool)
@@ -230,7 +241,8 @@ def _lifted(gram: torch.Tensor) -> torch.Tensor:
     """The nearest matrix, or so, that noise has not made negative."""
     values, vectors = torch.linalg.eigh(gram)
     floor = 1e-4 * float(gram.diagonal().mean())
-    return (vectors * values.clamp_min(floor)) @ vectors.t()
+    lifted: torch.Tensor = (vectors * values.clamp_min(floor)) @ vectors.t()
+    return lifted
 
 
 def run_reveals(console: Console) -> None:
@@ -245,7 +257,9 @@ def run_reveals(console: Console) -> None:
         "clip 1, noise 0.001",
         "clip 1, noise 0.01",
     ):
-        aucs = [reveals(count, FORMS[name], scene, inputs) for count in counts]
+        form = FORMS[name]
+        assert isinstance(form, RegMean)
+        aucs = [reveals(count, form, scene, inputs) for count in counts]
         table.add_row(name, *(f"{auc:.1f}" for auc in aucs))
     console.print(table)
 

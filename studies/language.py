@@ -42,7 +42,7 @@ from fedveil.tasks import CausalLM, Prepared
 from fedveil.training import LocalRun, Training
 from fedveil.wire import Message
 
-ONCE = {"backbone": "once", "adapter_bits": 4}
+ONCE: dict[str, Any] = {"backbone": "once", "adapter_bits": 4}
 LOSSES: dict[str, Scheme] = {
     "FedAvg, LoRA": FedLPP(bits=None),
     "FedLPP, 4 bit": FedLPP(bits=4),
@@ -176,7 +176,8 @@ def plain(model: Any, task: CausalLM, data: Prepared, training: Training) -> flo
         lr=training.learning_rate,
         fused=True,
     )
-    batch = {name: tensor.to(device) for name, tensor in task.collate(data.rows).items()}
+    rows: Any = data.rows
+    batch = {name: tensor.to(device) for name, tensor in task.collate(rows).items()}
     for _ in range(training.steps or 1):
         loss = model(**batch).loss
         loss.backward()

@@ -101,7 +101,7 @@ class Seed:
     def __init__(self, seed: int, out: Path) -> None:
         self._seed, self._folder = seed, out / f"seed-{seed}"
         self._parts: dict[str, Part] = {}
-        self._statistics: dict[str, list[Any]] = {"mean": None}
+        self._statistics: dict[str, list[Any] | None] = {"mean": None}
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -113,7 +113,7 @@ class Seed:
     def statistics(self, method: str) -> list[Any] | None:
         if method not in self._statistics:
             self._statistics[method] = [
-                statistics_of(part.model, part.train, task=part.task, method=method)
+                statistics_of(part.model, part.train, task=part.task, method=method)  # type: ignore[arg-type]
                 for part in self.parts.values()
             ]
         return self._statistics[method]

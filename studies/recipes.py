@@ -26,7 +26,7 @@ from fedveil.demo import (
     prepare,
 )
 from fedveil.schemes import FedAvg, FedQSN, Scheme
-from studies.results import Results
+from studies.results import Results, Values
 
 # What the default was chosen from, as it was then.
 FORMER = FedQSN(block=64, shrink=False)
@@ -108,7 +108,7 @@ def main() -> None:
             scene = scene or prepare(setting)
             if name == ALONE:
                 base, alone = own_data_alone(scene, setting, arguments.workers)
-                values = {"base": base, "proxy_after": alone}
+                values: Values = {"base": base, "proxy_after": alone}
             else:
                 values = run(name, scene, setting, arguments.workers)
             results.add(name, seed, values)

@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -34,7 +35,9 @@ RELEASES = (1, 2, 3)
 VIEWS = ("global", "server_model", "proxy_before", "proxy_after")
 
 
-def run(scheme: Scheme, releases: int, scene: Scene, setting: Setting, workers: int) -> dict:
+def run(
+    scheme: Scheme, releases: int, scene: Scene, setting: Setting, workers: int
+) -> dict[str, Any]:
     """Accuracies in percent after the last round, with proxies as means over three clients."""
     at = setting.at_once()
     steps = round(setting.total_steps / releases)
@@ -78,8 +81,9 @@ def draw(results: Results, path: Path) -> None:
     for name, colour in zip(SCHEMES, ("#0072B2", "#CC79A7"), strict=True):
         points = [(r, results.of(f"{name} x{r}")) for r in RELEASES if results.of(f"{name} x{r}")]
         for key, style, word in (("global", "-o", "global model"), ("proxy_before", ":v", "sent")):
+            means: list[Any] = [mean(rows, key) for _, rows in points]
             axes.plot(
-                [releases for releases, _ in points], [mean(rows, key) for _, rows in points],
+                [releases for releases, _ in points], means,
                 style, color=colour, label=f"{name}: {word}",
             )  # fmt: skip
     axes.set_xlabel("releases per client (rounds), at 40 local steps in all")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from fedveil.tasks import Task
 from studies.results import Results
 
 State = dict[str, Tensor]
+Row = dict[str, Any]
 POLICIES = ("sticky", "fresh", "grouped")
 CLIENTS, PER_ROUND, ROUNDS, LEAKS = 20, 10, 4, 4
 
@@ -46,7 +48,7 @@ class Net:
     """A network, its data, and how it is trained."""
 
     build: Callable[[], nn.Module]
-    rows: Callable[[int, int], list[dict]]
+    rows: Callable[[int, int], list[Row]]
     task: Task
     training: Training
 
@@ -56,11 +58,11 @@ class Words:
 
     pad_token_id = 0
 
-    def __call__(self, batch: list[str], truncation: bool = True, max_length: int = 16) -> dict:
+    def __call__(self, batch: list[str], truncation: bool = True, max_length: int = 16) -> Row:
         ids = [[int(word) for word in text.split()][:max_length] for text in batch]
         return {"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids]}
 
-    def pad(self, batch: list[dict], return_tensors: str = "pt") -> dict:
+    def pad(self, batch: list[Row], return_tensors: str = "pt") -> Row:
         return {key: torch.tensor([row[key] for row in batch]) for key in batch[0]}
 
 
@@ -78,10 +80,11 @@ def bert() -> nn.Module:
         vocab_size=272, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=256, max_position_embeddings=16, num_labels=3,
     )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
+    model: nn.Module = transformers.BertForSequenceClassification(config)
+    return model
 
 
-def images(count: int, seed: int) -> list[dict]:
+def images(count: int, seed: int) -> list[Row]:
     """Noise [1, 4, 5] with the class in its first pixels."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -92,7 +95,7 @@ def images(count: int, seed: int) -> list[dict]:
     return rows
 
 
-def texts(count: int, seed: int) -> list[dict]:
+def texts(count: int, seed: int) -> list[Row]:
     """Eight words each, three of them from those of the class."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(33, 272, (count, 8), generator=generator)
@@ -121,7 +124,8 @@ def train(net: Net, state: Mapping[str, Tensor] | None, steps: int, seed: int) -
     for _ in range(steps):
         chosen = torch.randint(0, 64, (net.training.batch_size,)).tolist()
         optimizer.zero_grad()
-        net.task.loss(model, net.task.collate(data.select(chosen))).backward()
+        loss = net.task.loss(model, net.task.collate(data.select(chosen)))
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return {name: tensor.detach().clone() for name, tensor in read_state(model).items()}
 
@@ -142,7 +146,7 @@ class Opened(Evidence):
 class Scene:
     """One federation that has been run, and what may leak from it."""
 
-    def __init__(self, net: Net, policy: str, seed: int, folder: Path, **changes: object) -> None:
+    def __init__(self, net: Net, policy: Any, seed: int, folder: Path, **changes: Any) -> None:
         self.net, self.seed = net, seed
         self.base = train(net, None, 100, 10_000 + seed % 5)
         model = net.build()
@@ -263,7 +267,8 @@ def look(scene: Scene, state: State, given: bool, npz: bool = False) -> Trace:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ("leak.npz" if npz else "leak.safetensors")
         if npz:
-            np.savez(path, **{name: tensor.numpy() for name, tensor in state.items()})
+            arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in state.items()}
+            np.savez(path, **arrays)
         else:
             save_file({n: t.contiguous() for n, t in state.items()}, path)
         base = scene.base if given else None
@@ -300,7 +305,7 @@ def blends(scene: Scene) -> Iterator[tuple[str, tuple[bool, bool]]]:
                 continue  # of one mask group
             for holes, base in (("zeros", None), ("base", scene.base)):
                 states = [scene.proxy(number, holes=base) for number in chosen]
-                state = {n: sum(s[n] for s in states) / count for n in states[0]}
+                state = {n: sum((s[n] for s in states), torch.tensor(0)) / count for n in states[0]}
                 found = look(scene, state, base is not None)
                 yield f"blend of {count} | {holes}", judge(found, *map(set, guilty))
 

@@ -137,7 +137,7 @@ def overlap(one: list[int], other: list[int], size: int) -> float:
     """Correlation of two masks, 0 if they are independent."""
     masks = np.zeros((2, size))
     masks[0, one] = masks[1, other] = 1
-    return float(np.corrcoef(masks)[0, 1])
+    return float(np.asarray(np.corrcoef(masks))[0, 1])
 
 
 @pytest.mark.parametrize("draw", DRAWS)

@@ -208,7 +208,7 @@ TRAININGS = (SGD, ADAM, replace(SGD, max_grad_norm=0.01), replace(ADAM, max_grad
 
 def run_on(batch, training=SGD):
     count = len(next(iter(batch.values())))
-    return LocalRun(Trainer(Fixed(batch), range(count), training), seed=5)
+    return LocalRun(Trainer(Fixed(batch), range(count), training), seed=5)  # type: ignore[arg-type]
 
 
 def proxy_of(model, scheme):
@@ -532,7 +532,7 @@ def test_a_layer_of_an_unknown_type_stays():
     assert [g.name for g in shrinkable(model, *cut_in_half(model))] == names
 
 
-RULES = {
+RULES: dict[type[nn.Module], Rule] = {
     Gated: Rule(("Gated",), (Pattern("neurons", ("gate", "up"), ("down",)),)),
     **{
         kind: Rule((kind.__name__,), (Pattern("neurons", ("fc1",), ("fc2",)),))

@@ -1,5 +1,7 @@
 """Models that cannot take part say so before anything starts, and what to do; odd tensors do."""
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -73,7 +75,7 @@ REFUSED = {
     "lazy": (lambda: Net(lambda net: setattr(net, "odd", nn.LazyLinear(3))), "one batch"),
     "compiled": (lambda: torch.compile(Net(), backend="eager"), "_orig_mod"),
     "compiled inside": (
-        lambda: nn.Sequential(torch.compile(Net(), backend="eager")), "_orig_mod"
+        lambda: nn.Sequential(torch.compile(Net(), backend="eager")), "_orig_mod"  # type: ignore[call-overload]
     ),
     "data parallel": (lambda: nn.DataParallel(Net()), "'module'"),
     "script": (lambda: torch.jit.trace(Net(), torch.ones(2, 16)), "TorchScript"),
@@ -139,7 +141,7 @@ def test_what_is_not_sent_may_be_complex_and_a_frozen_embedding_sparse():
 
 def test_a_model_that_cannot_be_copied_is_named():
     net = Net()
-    net.handle = (number for number in range(3))
+    net.handle = (number for number in range(3))  # type: ignore[assignment]
     with pytest.raises(ConfigurationError, match=r"cannot be copied \(in Net\)"):
         toys.federation(net, scheme=FedAvg())
 
@@ -184,7 +186,7 @@ def test_tensors_of_any_shape_and_type_take_part(kind, scheme):
 
 def test_a_single_number_learns_what_its_clients_teach():
     """Of one client the global model is the client's: its number moved as by plain SGD."""
-    model = Net(parameter(torch.tensor(1.0)), scaled)
+    model: Any = Net(parameter(torch.tensor(1.0)), scaled)
     rows = toys.rows(4)
     words = {"task": ImageClassification(), "scheme": FedAvg()}
     training = Training(steps=1, batch_size=4, learning_rate=0.1, optimizer="sgd",
@@ -225,19 +227,21 @@ class TestWeightsThatHooksCompute:
         result.global_model(torch.ones(2, 16))
 
     def test_are_in_no_architecture(self, kind, frozen):
-        bare = architecture_of(self.make(kind, frozen))
+        bare: Any = architecture_of(self.make(kind, frozen))
         assert not bare.first.weight.any()
 
     def test_of_a_copy_are_the_copys_own(self, kind, frozen):
         model = self.make(kind, frozen)
-        copied = copy_of(model)
+        copied: Any = copy_of(model)
         assert torch.equal(copied.first.weight, model.first.weight)
         assert copied.first.weight.data_ptr() != model.first.weight.data_ptr()
 
     def test_follow_from_the_weights_of_the_result(self, kind, frozen):
         model = self.make(kind, frozen).eval()
         state = {name: tensor.detach() * 2 for name, tensor in model.state_dict().items()}
-        made = with_state(model, {n: t for n, t in state.items() if n.endswith(("orig", "_g"))})
+        made: Any = with_state(
+            model, {n: t for n, t in state.items() if n.endswith(("orig", "_g"))}
+        )
         told = made.first.weight.detach().clone()
         made.eval()(torch.ones(2, 16))
         torch.testing.assert_close(told, made.first.weight.detach())
@@ -246,7 +250,8 @@ class TestWeightsThatHooksCompute:
 def test_a_view_of_a_weight_is_in_no_architecture():
     model = Net()
     model.turned = model.first.weight.detach().T
-    assert not architecture_of(model).turned.any()
+    bare: Any = architecture_of(model)
+    assert not bare.turned.any()
 
 
 def test_parametrizations_work_in_turn_and_are_refused_in_processes():

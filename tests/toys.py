@@ -1,5 +1,6 @@
 """Small models, data and federations that tests share. Every model has a tensor of 4096 or more
-numbers, since smaller ones travel dense."""
+numbers, since smaller ones travel dense. Models are typed as Any, as of an attribute of a module
+PyTorch only says that it is a tensor or a module."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedveil import Federation, ImageClassification, Secret, Training
 from fedveil.state import read_state, wipe
-from fedveil.tasks import Measure, Prepared, TextClassification
+from fedveil.tasks import Measure, Prepared, Task, TextClassification
 from fedveil.training import TrainingRecord
 from fedveil.units import find_units
 from fedveil.wire import Message
@@ -23,10 +25,10 @@ from fedveil.wire import Message
 SECRET = Secret(bytes(range(32)))
 FAST = Training(steps=2, batch_size=4, learning_rate=0.1, optimizer="sgd", schedule="constant")
 CHOICES = ("neurons", "mlp", "columns")
-NO_MASK = {"server_mask": 0.0, "client_mask": 0.0, "bits": None}
+NO_MASK: dict[str, Any] = {"server_mask": 0.0, "client_mask": 0.0, "bits": None}
 
 
-def mlp(seed: int = 0) -> nn.Module:
+def mlp(seed: int = 0) -> Any:
     """The middle weight [64, 96] is cut along both axes."""
     return _randomised(
         nn.Sequential(
@@ -41,7 +43,7 @@ def mlp(seed: int = 0) -> nn.Module:
     )
 
 
-def convnet(seed: int = 0) -> nn.Module:
+def convnet(seed: int = 0) -> Any:
     """Batch norm: running statistics belong to units; the second kernel is cut along both axes."""
     return _randomised(
         nn.Sequential(
@@ -53,7 +55,7 @@ def convnet(seed: int = 0) -> nn.Module:
     )  # fmt: skip
 
 
-def bert(seed: int = 0) -> nn.Module:
+def bert(seed: int = 0) -> Any:
     import transformers
 
     config = transformers.BertConfig(
@@ -63,7 +65,7 @@ def bert(seed: int = 0) -> nn.Module:
     return _randomised(transformers.BertForSequenceClassification(config), seed)
 
 
-def gpt2(seed: int = 0, *, tied: bool = True) -> nn.Module:
+def gpt2(seed: int = 0, *, tied: bool = True) -> Any:
     """A language model whose head is its token embedding."""
     import transformers
 
@@ -74,10 +76,10 @@ def gpt2(seed: int = 0, *, tied: bool = True) -> nn.Module:
     return _randomised(transformers.GPT2LMHeadModel(config), seed)
 
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {"mlp": mlp, "convnet": convnet, "bert": bert}
+MODELS: dict[str, Callable[..., Any]] = {"mlp": mlp, "convnet": convnet, "bert": bert}
 
 
-def _randomised(model: nn.Module, seed: int) -> nn.Module:
+def _randomised(model: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in read_state(model).items():
         if tensor.is_floating_point():
@@ -140,8 +142,9 @@ class NextToken:
         return Measure(len(batch["labels"]), float(self.loss(model, batch)), 0)
 
 
-def federation(model: nn.Module, *, clients: object = None, task: object = None, **changes):
+def federation(model: nn.Module, *, clients: Any = None, task: Any = None, **changes):
     """Three clients with 6, 8 and 10 examples of what the model reads."""
+    kind: Task
     if hasattr(model, "config"):
         lm = type(model).__name__.endswith("LMHeadModel")
         data, kind = texts, NextToken() if lm else TextClassification(NumberTokenizer())
@@ -207,7 +210,7 @@ def play(scheme, model: nn.Module, rounds: int = 1, clients: int = 3, secret: Se
     return server
 
 
-def bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> Any:
     """The architecture alone."""
     empty = copy.deepcopy(model)
     wipe(empty)

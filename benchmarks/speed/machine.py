@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedveil.quantization import kernels
+from fedveil.quantization import kernels_in_use
 
 __all__ = ["facts"]
 
@@ -36,7 +36,7 @@ def facts() -> dict[str, Any]:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "kernels": kernels(),
+        "kernels": kernels_in_use(),
         "threads": torch.get_num_threads(),
     }
 

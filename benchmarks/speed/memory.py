@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from fedveil.quantization import kernels
+from fedveil.quantization import kernels_in_use
 from fedveil.schemes import FedQSN
 from fedveil.state import read_state
 from speed import budgets
@@ -46,7 +46,7 @@ def memory_rows(plan: Plan, tell: Tell) -> Iterator[Row]:
 
 def measure(arguments: Sequence[str], plan: Plan) -> Iterator[Row]:
     """In the child: every step, in units of packed model + largest tensor + one proxy."""
-    kernels()
+    kernels_in_use()
     for step in STEPS:  # libraries and compiled code are there before anything is measured
         _measure(step, Plan(quick=True))
     processes = multiprocessing.get_context("fork")

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fedveil.quantization import NormalFloat, kernels, quantize
+from fedveil.quantization import NormalFloat, kernels_in_use, quantize
 from speed.children import ChildError, main, require, rows_of_child
 from speed.kernels import COPY
 from speed.plan import Plan, Tell
@@ -42,7 +42,7 @@ class Peer:
 
 def own() -> Peer:
     """fedveil itself, on the same matrices."""
-    kernels()
+    kernels_in_use()
     return Peer(quantize, lambda packed, out: packed.dequantize(out), lambda packed: packed.nbytes)
 
 

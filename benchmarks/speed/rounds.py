@@ -120,8 +120,8 @@ class BareLoop:
         images, labels = zip(*examples(local.clients * local.examples), strict=True)
         self._batches = list(
             zip(
-                torch.stack(images).split(local.batch),
-                torch.tensor(labels).split(local.batch),
+                torch.stack(images).split(local.batch),  # type: ignore[no-untyped-call]
+                torch.tensor(labels).split(local.batch),  # type: ignore[no-untyped-call]
                 strict=True,
             )
         )
@@ -134,7 +134,8 @@ class BareLoop:
             self._model.load_state_dict(self._state)
             optimizer = torch.optim.SGD(self._model.parameters(), lr=RATE)
             for images, labels in self._batches[first : first + self._local.steps]:
-                nn.functional.cross_entropy(self._model(images), labels).backward()
+                loss = nn.functional.cross_entropy(self._model(images), labels)
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 optimizer.zero_grad()
             with torch.no_grad():

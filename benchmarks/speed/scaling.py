@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from typing import Final
 
@@ -80,7 +81,7 @@ def _rounds(stage: Round, copy: Callable[[], object], count: int, rounds: int) -
             gathers.operation.append(clock(lambda: stage.release().write_into(buffer)))
             gathers.floor.append(clock(copy_message))
             data = stage.reply(sections).to_bytes()
-            reads.operation.append(clock(lambda data=data: stage.receive(data)))
+            reads.operation.append(clock(partial(stage.receive, data)))
             reads.floor.append(clock(copy_update))
         for step, each in (("release", gathers), ("absorb", reads)):
             note(step, sum(each.operation) / count, sum(each.floor) / count)

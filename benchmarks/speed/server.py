@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Final
 
 import torch
@@ -17,7 +18,7 @@ from fedveil.wire import Dense, Message, Section
 from speed import budgets
 from speed.kernels import COPY, GPT2
 from speed.plan import Plan, Tell
-from speed.rows import Row, measured
+from speed.rows import Case, Row, measured
 from speed.shapes import gpt2, random_like
 from speed.timing import Pairs, alternate, clock
 
@@ -59,9 +60,9 @@ def server_rows(plan: Plan, tell: Tell) -> Iterator[Row]:
         tell(f"updates at {bits or 32} bits")
         stage = Round(model, FedQSN(policy="fresh", update_bits=bits))
         stage.begin()
-        at = {**case, "bits": bits or 32}
-        yield measured("client/encode", at, stage.time_encode(plan.repeats(5)), UPDATE)
-        yield measured("server/absorb", at, stage.time_absorb(plan.repeats(5)), UPDATE)
+        coded: Case = {**case, "bits": bits or 32}
+        yield measured("client/encode", coded, stage.time_encode(plan.repeats(5)), UPDATE)
+        yield measured("server/absorb", coded, stage.time_absorb(plan.repeats(5)), UPDATE)
 
 
 class Round:
@@ -124,7 +125,7 @@ class Round:
         for number in range(repeats + 1):
             self.release()
             data = self.reply(sections).to_bytes()
-            seconds = clock(lambda data=data: self.receive(data)), clock(floor)
+            seconds = clock(partial(self.receive, data)), clock(floor)
             if number:  # the first makes the running sums
                 pairs.operation.append(seconds[0])
                 pairs.floor.append(seconds[1])

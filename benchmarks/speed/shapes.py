@@ -101,7 +101,8 @@ def llama(plan: Plan) -> nn.Module:
         tie_word_embeddings=True,
     )
     with torch.device("meta"):
-        return transformers.LlamaForCausalLM(config)
+        model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model
 
 
 def matrices(model: nn.Module, storage: str) -> list[Matrices]:

@@ -74,7 +74,7 @@ def pfl(plan: Plan) -> Pairs:
 
     watch = Watch(plan.cohort)
 
-    class Laps(TrainingProcessCallback):
+    class Laps(TrainingProcessCallback):  # type: ignore[misc]
         def on_train_begin(self, *, model: Any) -> Any:
             watch.start()
             return Metrics()
@@ -142,7 +142,7 @@ def flower(plan: Plan) -> Pairs:
             grid=grid, initial_arrays=arrays, num_rounds=plan.repeats(7) + 1, evaluate_fn=lap
         )
 
-    one = {"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 1}}
+    one: Any = {"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 1}}
     run_simulation(server, client, count, backend_config=one)
     return watch.measured()
 
@@ -156,7 +156,7 @@ def train_once(message: Any, context: Any, count: int) -> Any:
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     loss = nn.functional.cross_entropy(model(image[None]), torch.tensor([label]))
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
     content = RecordDict(

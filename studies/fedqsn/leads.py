@@ -102,7 +102,8 @@ def with_head(public: nn.Module, begun: str, seed: int) -> nn.Module:
         torch.manual_seed(seed + 1000)
         nn.init.normal_(model.classifier.weight, std=0.02)
         nn.init.zeros_(model.classifier.bias)
-    return model
+    copied: nn.Module = model
+    return copied
 
 
 def taught(

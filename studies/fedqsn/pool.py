@@ -6,7 +6,7 @@ import functools
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, Protocol
 
@@ -24,8 +24,13 @@ __all__ = ["Job", "run_missing"]
 class Job(Protocol):
     """One run. Picklable, as is what it finds."""
 
-    scene: str
-    seed: int
+    @property
+    def scene(self) -> str:
+        """What it runs on."""
+
+    @property
+    def seed(self) -> int:
+        """What its chance begins with."""
 
     @property
     def name(self) -> str:
@@ -36,7 +41,7 @@ class Job(Protocol):
 
 
 def run_missing(
-    results: Results, jobs: list[Job], *, processes: int, told: Callable[[Values], str]
+    results: Results, jobs: Sequence[Job], *, processes: int, told: Callable[[Values], str]
 ) -> None:
     """Add what the jobs find to the results, each as soon as it is finished."""
     missing = [job for job in jobs if not results.has(job.name, job.seed)]

@@ -144,7 +144,7 @@ def newsgroups(seed: int) -> Scene:
 def twenty_newsgroups(part: str) -> datasets.Dataset:
     """7,528 ("test") or 11,293 posts of Usenet (Lang, 1995), with the number of their group."""
     found = importlib.util.find_spec("orangecontrib")
-    places = [] if found is None else [Path(place) for place in found.submodule_search_locations]
+    places = [Path(place) for place in (found and found.submodule_search_locations) or []]
     paths = [place / f"text/datasets/20newsgroups-{part}.tab" for place in places]
     path = next((path for path in paths if path.exists()), None)
     if path is None:

@@ -64,7 +64,7 @@ def _attacked(metric: Metric, runs: Sequence[Values], size: int) -> dict[str, An
 
 
 def _mean(rows: Sequence[Values], key: str) -> float:
-    return mean(row[key] for row in rows)
+    return float(mean(row[key] for row in rows))
 
 
 def page(results: Results) -> str:
@@ -179,7 +179,7 @@ def draw(results: Results, path: Path) -> None:
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("kept of what FedAvg gains (%)")
     known = {recipe for points in scenes.values() for recipe in points}
-    handles = [
+    handles: list[Line2D | Patch] = [
         Line2D([], [], marker=look.marker, markersize=look.size, color=look.color, linestyle="",
                label=name)
         for name, look in {**_LOOKS, "other recipes": _OTHER}.items()

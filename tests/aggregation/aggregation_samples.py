@@ -3,7 +3,7 @@ slow and written from the formula."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedveil import RegMean
-from fedveil.aggregation import RegMeanSums
+from fedveil.aggregation import Average, RegMeanSums
 from fedveil.aggregation.gram import Gram, Moments
 from fedveil.aggregation.linear import LinearLayer
 from fedveil.masking import Release
@@ -116,7 +116,7 @@ def gram_of(rows: Tensor, settings: RegMean, released: Tensor | None = None) -> 
 
 
 def sums_of(
-    clients: list[Client], settings: RegMean, *, shared: bool, average: str = "holders"
+    clients: list[Client], settings: RegMean, *, shared: bool, average: Average = "holders"
 ) -> RegMeanSums:
     """Streamed, as a server would."""
     sums = RegMeanSums(SHAPES, LAYERS, settings, average, shared)
@@ -195,24 +195,28 @@ def oracles(clients: list[Client], name: str, settings: RegMean) -> list[Oracle]
     return found
 
 
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return sum(tensors, torch.tensor(0))
+
+
 def exact_step(members: list[Oracle]) -> Tensor:
     """Each output over exactly the clients that held it."""
     step = torch.zeros_like(members[0].update)
     for output in range(len(step)):
         holders = [m for m in members if m.outputs[output]]
         if holders:
-            gram = sum(m.weight * m.gram for m in holders)
-            right = sum(m.weight * m.gram @ m.update[output] for m in holders)
+            gram = _sum(m.weight * m.gram for m in holders)
+            right = _sum(m.weight * m.gram @ m.update[output] for m in holders)
             step[output] = solve(gram, right)
     return step
 
 
 def common_step(members: list[Oracle]) -> Tensor:
     """All clients in one system; what is missing of an element's equation is scaled up."""
-    gram = sum(m.weight * m.gram for m in members)
-    right = sum(m.weight * m.update @ m.gram for m in members)
-    of_element = sum(m.weight * m.held for m in members)
-    of_input = sum(m.weight * m.inputs for m in members)
+    gram = _sum(m.weight * m.gram for m in members)
+    right = _sum(m.weight * m.update @ m.gram for m in members)
+    of_element = _sum(m.weight * m.held for m in members)
+    of_input = _sum(m.weight * m.inputs for m in members)
     right = torch.where(of_element > 0, right * of_input / of_element, 0.0)
     step = torch.stack([solve(gram, row) for row in right])
     return torch.where(of_element > 0, step, 0.0)

@@ -140,6 +140,8 @@ def test_a_bound_that_nothing_reaches_changes_nothing_but_where_examples_meet(na
 class Keeps(nn.Module):
     """What it was given once shows in all that comes."""
 
+    seen: torch.Tensor
+
     def __init__(self, kind):
         super().__init__()
         self.a, self.kind = nn.Linear(WIDTH, 2), kind
@@ -208,7 +210,7 @@ def test_a_trainer_hands_out_one_example_at_a_time_whatever_its_task_does(time):
     """With as many examples as steps of time, too, when shapes tell nothing."""
     rows = [torch.randn(time, WIDTH) for _ in range(8)]
     model = built("example first", torch.stack(rows), training=False)
-    trainer = Trainer(TimeFirst(), Prepared(rows), Training())
+    trainer = Trainer(TimeFirst(), Prepared(rows), Training())  # type: ignore[arg-type]
     hooks, ran = RegMean(clip=CLIP)._measured(model, trainer.replay, linear_layers(model))
     assert ran == 8
     assert hooks.examples == {"layers.a.weight": 8}

@@ -309,7 +309,7 @@ class Parts:
 def test_a_task_that_calls_a_part_of_the_model_is_measured_one_example_at_a_time():
     torch.manual_seed(0)
     model, rows = Layouts(), [torch.randint(3, 50, (n,)) for n in (2, 5, 1)]
-    trainer = Trainer(Parts(), Prepared(rows), Training())
+    trainer = Trainer(Parts(), Prepared(rows), Training())  # type: ignore[arg-type]
     found = RegMean(bits=None)._measured(model, trainer.replay, linear_layers(model))[0]
     assert found.examples == {"layers.usual.weight": 3}
     means = [model.embed(row).detach().square().mean(0) for row in rows]

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_a_reply_without_grams_is_averaged_where_nobody_has_any():
 @pytest.mark.parametrize("weight", [1e-9, 1e20])
 def test_extreme_but_legal_grams_leave_finite_weights(scheme, square, weight):
     server = Server(scheme)
-    sections = {}
+    sections: dict[str, Any] = {}
     for name in NAMES:
         diagonal, squares, rest, correlations = parts_of(server.honest, name)
         sections[diagonal] = Statistics(torch.full_like(squares, square))
@@ -317,6 +318,7 @@ def test_through_the_engine_a_wrong_gram_costs_its_sender_the_round(monkeypatch)
     def spoiled(crew, jobs):
         for answer in answers(crew, jobs):
             if answer.client == "partner-1":
+                assert answer.reply is not None
                 reply = Message.from_bytes(answer.reply)
                 wrong = put(reply, {"gram/1.weight/diagonal": Statistics(torch.full((16,), -1.0))})
                 yield Answer(answer.client, wrong.to_bytes())

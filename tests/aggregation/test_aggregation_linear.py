@@ -1,5 +1,7 @@
 """Which weights are linear maps, and the rows that they multiply."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,7 +152,7 @@ def test_both_parts_of_an_adapter_are_found():
 
 def test_convolutions_are_read_alike_only_if_their_rows_are():
     inputs = torch.randn(2, 3, 8, 8)
-    variants = [
+    variants: list[dict[str, Any]] = [
         {"kernel_size": 3}, {"kernel_size": 1}, {"kernel_size": (3, 1)}, {"kernel_size": (1, 3)},
         {"kernel_size": 3, "stride": 2}, {"kernel_size": 3, "dilation": 2},
         {"kernel_size": 3, "padding": 1}, {"kernel_size": 3, "padding": "same"},

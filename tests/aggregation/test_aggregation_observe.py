@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -175,7 +176,9 @@ class TestLayersThatSeeTheSame:
         ids=str,
     )  # fmt: skip
     def test_do_not_if_they_read_it_in_other_ways(self, other):
-        first = {"kernel_size": 3, "padding": 1} if "padding_mode" in other else {"kernel_size": 3}
+        first: dict[str, Any] = (
+            {"kernel_size": 3, "padding": 1} if "padding_mode" in other else {"kernel_size": 3}
+        )
         one, two = nn.Conv2d(2, 3, **first), nn.Conv2d(2, 3, **{**first, **other})
         model = Called(lambda m, x: (m["a"](x), m["b"](x)), a=one, b=two)
         images = torch.randn(3, 2, 6, 6)

@@ -1,5 +1,7 @@
 """RegMean's sums and steps, against float64 equations."""
 
+from typing import Any
+
 import pytest
 import torch
 from aggregation_samples import (
@@ -30,7 +32,7 @@ from fedveil.training import TrainingRecord
 from toys import SECRET, reply_of
 
 ONE = {"w": LinearLayer("w", "", 0)}
-CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
 
 
 def check(found, name, expected):
@@ -95,8 +97,10 @@ class TestStreamedSums:
         for name in LAYERS:
             members = oracles(clients, name, settings_)
             if members:
+                mean = sums.mean(name)
+                assert mean is not None
                 held = torch.stack([m.held for m in members]).any(0)
-                assert not bool(as_matrix(name, sums.mean(name))[~held].any())
+                assert not bool(as_matrix(name, mean)[~held].any())
 
     @settings(max_examples=25)
     @given(OWN_MASKS, SETTINGS, st.sampled_from(AVERAGES))
@@ -106,10 +110,14 @@ class TestStreamedSums:
         for client in clients:
             mine = client.selection
             mean.add({"bias": mine.gather("bias", client.update("bias"))}, mine, client.weight)
-        assert torch.equal(sums.mean("bias"), mean.mean("bias"))
+        one, other = sums.mean("bias"), mean.mean("bias")
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
 
     def test_change_nothing_of_what_is_added(self):
         update, gram = torch.ones(2, 3), gram_of(torch.randn(5, 3), RegMean())
+        assert gram.pairs is not None
         before = gram.diagonal.clone(), gram.pairs.clone()
         sums = RegMeanSums({"w": torch.Size([2, 3])}, ONE, RegMean())
         for weight in (3.0, 4.0):
@@ -117,8 +125,10 @@ class TestStreamedSums:
         assert torch.equal(update, torch.ones(2, 3))
         assert torch.equal(gram.diagonal, before[0])
         assert torch.equal(gram.pairs, before[1])
-        first = sums.mean("w")
-        assert torch.equal(sums.mean("w"), first)
+        first, second = sums.mean("w"), sums.mean("w")
+        assert first is not None
+        assert second is not None
+        assert torch.equal(second, first)
 
 
 def step(updates, grams, settings_, weights=None):
@@ -327,6 +337,7 @@ class TestHardCases:
             sums.add({"w": torch.full((1, 512), 1e6)}, EVERYTHING, weight, {"w": gram})
         sums.add({"w": torch.zeros(1, 512)}, EVERYTHING, 1.0, {})
         found = sums.mean("w")
+        assert found is not None
         assert bool(torch.isfinite(found).all())
         assert float(found.abs().max()) < 1e12
 

@@ -2,6 +2,8 @@
 again in float64."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from toys import (
 )  # fmt: skip
 
 REGMEAN = RegMean(bits=None)
-MASKS = {"server_mask": 0.25, "client_mask": 0.25, "bits": 4, "units": "neurons"}
+MASKS: dict[str, Any] = {"server_mask": 0.25, "client_mask": 0.25, "bits": 4, "units": "neurons"}
 SCHEMES = {
     "fedavg": FedAvg(aggregation=REGMEAN),
     "grouped": FedQSN(**MASKS, aggregation=REGMEAN),
@@ -81,7 +83,8 @@ class Round:
             return 1.0
         groups = find_units(self.model, self.scheme.units)
         scaled = [g.name for g in groups if any(s.tensor == name and s.scaled for s in g.slices)]
-        return math.prod(self.proxies[client].sections[f"units/{g}"].scale for g in scaled)
+        sections: Mapping[str, Any] = self.proxies[client].sections
+        return math.prod(sections[f"units/{g}"].scale for g in scaled)
 
     def matrix(self, name, tensor):
         transposed = type(self.modules[name.removesuffix(".weight")]).__name__ == "Conv1D"
@@ -99,7 +102,7 @@ class Round:
         reply = self.replies[client]
         source = reply.scalars[f"gram/{name}"]
         diagonal = reply.sections[f"gram/{source}/diagonal"].tensor.double()
-        pairs = reply.sections[f"gram/{source}/pairs"]
+        pairs: Any = reply.sections[f"gram/{source}/pairs"]
         pairs = pairs.tensor if isinstance(pairs, Statistics) else pairs.dequantize()
         positions = torch.nonzero(inputs).flatten()
         assert len(diagonal) == len(positions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 import toys
 from fedveil.audit import Evidence
 from fedveil.audit.attacks import attacks
+from fedveil.audit.attacks.registry import Beginning
 from fedveil.quantization import quantize
 from fedveil.run import Manifest
 from fedveil.state import read_state
@@ -20,13 +22,13 @@ WIDTH = 256
 CLIENTS = ("a", "b", "c")
 
 
-def net(seed: int = 0) -> nn.Module:
+def net(seed: int = 0) -> Any:
     """One hidden layer of 256 neurons; no tensor is cut along two axes."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(16, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 3))
 
 
-def names(begins: str) -> set[str]:
+def names(begins: Beginning) -> set[str]:
     """Names of all attacks that begin with something."""
     return {attack.name for attack in attacks(begins)}
 

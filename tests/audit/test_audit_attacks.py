@@ -1,6 +1,7 @@
 """Attacks on messages whose truth is known."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from fedveil.state import load_state
 from fedveil.tasks import ImageClassification
 from fedveil.training import Training, evaluate
 
-EXACT = {"units": "neurons", "server_mask": 0.2, "client_mask": 0.5, "bits": None}
+EXACT: dict[str, Any] = {"units": "neurons", "server_mask": 0.2, "client_mask": 0.5, "bits": None}
 
 
 def error(state, truth, where=None):

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,17 +21,18 @@ from fedveil.audit.attacks import (
     registry,
 )
 from fedveil.audit.attacks.dropout_rescaling import rescale
+from fedveil.audit.attacks.registry import Beginning
 from fedveil.audit.words import title
 from fedveil.errors import ConfigurationError
 from fedveil.schemes import FedAvg, FedQSN
 
-EXACT = {"units": "neurons", "server_mask": 0.2, "client_mask": 0.5, "bits": None}
+EXACT: dict[str, Any] = {"units": "neurons", "server_mask": 0.2, "client_mask": 0.5, "bits": None}
 DOCS = Path(__file__).parents[2] / "docs" / "audit.md"
 LINKS = {
     r"arXiv (\d+\.\d+)": r"arXiv [\1](https://arxiv.org/abs/\1)",
     r"doi ([^ ;]+)": r"doi [\1](https://doi.org/\1)",
 }
-WORDS = {
+WORDS: dict[str, Any] = {
     "title": "told", "does": "does something", "source": "ours", "begins": "messages",
 }  # fmt: skip
 
@@ -68,7 +70,11 @@ class TestTheRegistry:
             assert one.run.__module__.endswith(f".{one.run.__name__}")
 
     def test_a_quick_audit_tries_few(self):
-        for begins, quick in [("messages", ["pooling"]), ("model", ["fine-tuning"])]:
+        cases: list[tuple[Beginning, list[str]]] = [
+            ("messages", ["pooling"]),
+            ("model", ["fine-tuning"]),
+        ]
+        for begins, quick in cases:
             assert [one.name for one in attacks(begins, full=False)] == quick
             assert [one.name for one in attacks(begins)][: len(quick)] == quick
 

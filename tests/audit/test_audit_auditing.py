@@ -93,6 +93,8 @@ class TestAFractionOfTheWayToTheOwnersModel:
         further = best(found, 1, polish="task arithmetic")
         assert further == pytest.approx(found.models["global"]["accuracy"], abs=0.5)
         assert best(found, 1, polish="") < further - 10
+        assert found.strongest is not None
+        assert found.strongest.leak is not None
         assert found.strongest.leak > 0.9
 
 

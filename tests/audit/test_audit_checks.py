@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,7 +223,8 @@ class TestWhatWasNotLookedAtIsNotSound:
         ],
     )
     def test_nor_of_one_that_leaves_out_what_a_check_needs(self, tmp_path, unsaid, check):
-        facts = replace(SCHEME.facts(), **{unsaid: None})
+        nothing: dict[str, Any] = {unsaid: None}
+        facts = replace(SCHEME.facts(), **nothing)
         outcome, why = answers(recorded(tmp_path, facts=facts))[check]
         assert outcome == "not applicable"
         assert "does not say" in why

@@ -139,7 +139,7 @@ class TestBadInput:
         message = kept.read()
         sections = {**message.sections}
         name = "transformer.ln_f.weight"
-        sections[name] = type(sections[name])(torch.zeros(3))
+        sections[name] = type(sections[name])(torch.zeros(3))  # type: ignore[arg-type, call-arg]
         other = Message("proxy", message.scheme, 1, message.client, sections, {})
         kept.path.write_bytes(other.to_bytes())
         with pytest.raises(AuditError, match=r"of another architecture.*ln_f.*found \[3\]"):

@@ -268,7 +268,7 @@ def teach(model, data, teacher, student, **settings):
     ).state
 
 
-class Unheard(type(samples.TASK)):
+class Unheard(type(samples.TASK)):  # type: ignore[misc]
     metric = "wit"
 
 

@@ -193,7 +193,7 @@ def without(request, monkeypatch, tmp_path):
 
     def hide(package):
         if request.param == "missing":
-            find_spec = children.find_spec
+            find_spec = children.find_spec  # type: ignore[attr-defined]
             monkeypatch.setattr(
                 children, "find_spec", lambda name: None if name == package else find_spec(name)
             )

@@ -127,4 +127,5 @@ def test_a_measured_row_holds_medians_and_quartiles():
     assert (row.value, row.low, row.high, row.samples) == (3.0, 2.0, 4.0, 5)
     assert (row.seconds, row.floor_seconds, row.met) == (6.0, 2.0, False)
     assert Row.from_json(row.to_json()) == row
+    assert row.value is not None
     assert math.isfinite(row.value)

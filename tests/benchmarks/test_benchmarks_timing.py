@@ -62,7 +62,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now, self.done = 0.0, []
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)  # type: ignore[attr-defined]
 
     def work(self, name, *seconds):
         left = list(seconds)

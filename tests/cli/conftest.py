@@ -1,4 +1,5 @@
 import shutil
+import sys
 import warnings
 
 import pytest
@@ -31,7 +32,8 @@ def call(capfd, monkeypatch):
     """Run a command in this process; returns its exit code, output and errors."""
     from fedveil import cli
 
-    monkeypatch.setattr(cli, "_debug", False)
+    # The name "fedveil.cli.app" is also that of the commands, which its module makes.
+    monkeypatch.setattr(sys.modules["fedveil.cli.app"], "_debug", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "120")
 

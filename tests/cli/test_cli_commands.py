@@ -5,10 +5,11 @@ import torch
 from cli_samples import run_fedveil, write_bert
 
 import fedveil
-from fedveil import cli
+from fedveil.cli.app import _show_warning, complain, say
 from fedveil.errors import WireError
-from fedveil.quantization import kernels
-from fedveil.wire import Dense, Message, UnitIndex
+from fedveil.quantization import kernels_in_use
+from fedveil.screen import PlainConsole
+from fedveil.wire import Dense, Message, Section, UnitIndex
 
 COMMANDS = ("run", "demo", "units", "inspect")
 
@@ -36,7 +37,7 @@ def test_version(call):
     status, out, err = call("--version")
     assert (status, err) == (0, "")
     assert out.startswith(f"fedveil {fedveil.__version__}\nPython 3.")
-    assert out.endswith(f"torch {torch.__version__}, {kernels()} kernels\n")
+    assert out.endswith(f"torch {torch.__version__}, {kernels_in_use()} kernels\n")
 
 
 def test_unknown_command(call):
@@ -163,7 +164,7 @@ def test_units_of_a_model_without_a_rule_are_asked_for_only_by_masks(home, call)
 def test_inspect_says_what_a_message_holds(tmp_path, call):
     import torch
 
-    sections = {
+    sections: dict[str, Section] = {
         "layer.weight": Dense(torch.zeros(2, 3)),
         "units/layer": UnitIndex(4, torch.tensor([0, 2])),
     }
@@ -190,9 +191,9 @@ def test_inspect_refuses_what_is_no_message(tmp_path, call):
 
 @pytest.mark.parametrize("text", ["\x1b[2J", "a\rb", "\u202eb", "[red]x[/red]"])
 def test_what_is_said_is_neither_markup_nor_steers(text, capsys):
-    cli.say(cli.PlainConsole(), f"for {text}\n")
-    cli.complain("warning", f"one {text}\ntwo")
-    cli._show_warning(set(), UserWarning(text), UserWarning, "file.py", 1)
+    say(PlainConsole(), f"for {text}\n")
+    complain("warning", f"one {text}\ntwo")
+    _show_warning(set(), UserWarning(text), UserWarning, "file.py", 1)
     said = capsys.readouterr()
     shown = text.encode("unicode_escape").decode()
     assert said.out == f"for {shown}\\n\n"

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_families(call, tmp_path, name, task, family, layers, dtype, adapted):
     lora = LORA.format(layers) if adapted else ""
     path = write(tmp_path, name, task=task, model=lora, dtype=dtype)
     small = rehearse(load_config(path), tmp_path / "small").config
-    model = build(small).model
+    model: Any = build(small).model
     inner = model.get_base_model() if adapted else model
     assert type(inner).__name__ == family
     assert str(inner.dtype) == f"torch.{dtype}"

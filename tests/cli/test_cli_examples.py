@@ -1,6 +1,7 @@
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,8 +32,9 @@ def test_mnist_example_names_a_function_that_makes_a_model():
     from fedveil.units import find_units
 
     config = load_config(EXAMPLES / "mnist.toml")
-    model = load_untouched(config.model.name, EXAMPLES)
+    model: Any = load_untouched(config.model.name, EXAMPLES)
     assert model[-1].out_features == 10
+    assert isinstance(config.scheme, FedQSN)
     assert find_units(model, config.scheme.units)
 
 

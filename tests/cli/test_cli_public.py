@@ -1,6 +1,7 @@
 """A public model to be released in the owner's place, as a configuration file names it."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,8 @@ def test_an_adapter_that_follows_from_the_weights_is_each_models_own(home):
     federation = build(config_of(home, model, MINE))
     layer = "bert.encoder.layer.0.attention.self.query"
     for adapted, seed in ((federation.model, 1), (federation.released, 0)):
-        merged = adapted.get_submodule(f"base_model.model.{layer}").get_delta_weight("default")
+        tuned: Any = adapted.get_submodule(f"base_model.model.{layer}")
+        merged = tuned.get_delta_weight("default")
         whole = merged + adapted.get_submodule(f"base_model.model.{layer}.base_layer").weight
         torch.testing.assert_close(whole, toys.bert(seed).get_submodule(layer).weight)
 

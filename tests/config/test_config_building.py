@@ -58,6 +58,7 @@ def test_labels_mean_the_same_for_all_clients_and_the_test_set(home):
     assert rows.names == ["art", "sport", "tech"]
     assert rows.clients["a"]["label"] == [2, 0, 2]
     assert rows.clients["b"]["label"] == [1, 1, 1]
+    assert rows.test is not None
     assert rows.test["label"] == [1, 0, 2]
 
 
@@ -100,6 +101,7 @@ def test_limits_draw_rows_at_random_and_the_same_each_time(home):
     one, two = load_rows(config), load_rows(config)
     assert sum(map(len, one.clients.values())) == 40
     assert one.names == ["a", "b"]
+    assert one.test is not None
     assert len(one.test) == 20
     assert one.clients["client-00"].to_dict() == two.clients["client-00"].to_dict()
 

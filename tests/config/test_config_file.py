@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from fedveil import Bounds, ConfigurationError, Evaluation, FedAvg, FedQSN, RegMean, Training
 from fedveil.config import load_config
 
-BASE = {
+BASE: dict[str, dict[str, Any]] = {
     "model": {"name": "models/bert"},
     "data": {"train": "train.csv"},
     "partition": {"clients": 4},

@@ -65,6 +65,7 @@ def write(folder, task):
 def test_what_is_saved_measures_as_what_was_trained(task, tmp_path):
     config = load_config(write(tmp_path, task))
     federation = build(config)
+    assert federation._test is not None
     result = federation.run(1)
     saved = KINDS[task][0].from_pretrained(save_model(config, result.global_model))
     found = evaluate(saved, federation._task, federation._test)
@@ -106,11 +107,13 @@ class TestAdapters:
         file.write_text(file.read_text() + LORA)
         config = load_config(file)
         federation = build(config)
+        assert federation._test is not None
         result = federation.run(1)
         base = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model")
         saved = peft.PeftModel.from_pretrained(base, save_model(config, result.global_model))
         found = evaluate(saved, federation._task, federation._test)
         assert found == result.rounds[0].measures["global"]
+        assert result.base is not None
         assert found["loss"] != result.base["loss"]
         # With PEFT installed, transformers loads the folder as it would any model's.
         ordinary = transformers.AutoModelForCausalLM.from_pretrained(config.out / "model")
@@ -128,7 +131,10 @@ class TestAdapters:
         again = build(load_config(file))
         assert toys.same(toys.weights(again.model), toys.weights(result.global_model))
         more = again.run(2, overwrite=True)
-        assert more.rounds[-1].measures["global"]["loss"] != result.rounds[0].measures["global"]
+        assert (
+            more.rounds[-1].measures["global"]["loss"]
+            != result.rounds[0].measures["global"]["loss"]
+        )
 
     @pytest.mark.parametrize(
         ("change", "problem"),

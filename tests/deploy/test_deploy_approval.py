@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -301,7 +302,7 @@ class TestApproved:
             "net.py", "units.py"
         }  # fmt: skip
         assert "rule 'units:RULE'" in check(clinic).output
-        registry._rules[:] = registry.RULES
+        registry._rules[:] = registry.RULES  # type: ignore[attr-defined]
         Survey.of(config_of(clinic)).approve()
         build_workplace(config_of(clinic))
         assert [rule.model_types for rule in registry.registered()] == [("Nobody",)]
@@ -481,7 +482,7 @@ class TestModels:
     ):
         canary, place = tmp_path / "canary", clinic / "architecture"
         spoil(place / "modeling.py", canary)
-        names = dict.fromkeys(("AutoConfig", "AutoModel"), "modeling.Evil")
+        names: dict[str, Any] = dict.fromkeys(("AutoConfig", "AutoModel"), "modeling.Evil")
         names["AutoModelForSequenceClassification"] = "modeling.Evil"
         names["AutoTokenizer"] = ["modeling.Evil", None]
         edit(place / file, auto_map=names)

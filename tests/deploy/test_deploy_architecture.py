@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -125,7 +126,7 @@ class TestAPublicModel:
         place = workplace(partner)
         assert place.task.tokenizer.get_vocab() == own.get_vocab()
         simulated = build(made)
-        assert simulated._task.tokenizer.get_vocab() == own.get_vocab()
+        assert simulated._task.tokenizer.get_vocab() == own.get_vocab()  # type: ignore[attr-defined]
 
     def test_another_tokenizer_is_refused_before_anything_is_written(self, folder, made):
         made = owners(folder, "public", more='tokenizer = "own"')
@@ -311,7 +312,7 @@ SMALL = {
     "vocab_size": 32, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "num_labels": 5,
 }  # fmt: skip
-ODD = {
+ODD: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Settings that leave names and shapes as they are, and change what is computed.
     "bert-relu": ("Bert", "SequenceClassification", {"hidden_act": "relu", "layer_norm_eps": 0.3}),
     "roberta-pad": ("Roberta", "SequenceClassification", {"pad_token_id": 3}),

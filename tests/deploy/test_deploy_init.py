@@ -293,7 +293,7 @@ class TestContainers:
         assert str(folder / "federation.toml") in (owner / "superlink.sh").read_text()
 
     def test_images_have_this_version_and_extras_that_there_are(self, folder):
-        extras = set(importlib.metadata.metadata("fedveil").get_all("Provides-Extra"))
+        extras = set(importlib.metadata.metadata("fedveil").get_all("Provides-Extra") or ())
         for one in write(folder):
             lines = (one / "Dockerfile").read_text().splitlines()
             (wanted,) = re.findall(r'ARG FEDVEIL="fedveil\[(.*)\]==(.*)"', "\n".join(lines))

@@ -84,7 +84,7 @@ def test_no_byte_that_leaves_the_owners_program_is_of_a_model(folder, grid):
 def test_without_its_variable_the_owners_program_says_what_it_needs(monkeypatch, grid):
     monkeypatch.delenv(apps.FEDERATION, raising=False)
     with pytest.raises(ConfigurationError, match=apps.FEDERATION):
-        apps.server(grid, None)
+        apps.server(grid, None)  # type: ignore[arg-type]
 
 
 def test_a_key_that_is_missing_is_named(folder, grid):

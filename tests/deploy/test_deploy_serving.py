@@ -71,7 +71,7 @@ def quick(monkeypatch):
 
 def serve_all(*given, partner=None):
     with pytest.raises(StopServing):
-        serve(partner or Partner("clinic-1", None), Queue(*given))
+        serve(partner or Partner("clinic-1", None), Queue(*given))  # type: ignore[arg-type]
     return [reply for one in given if isinstance(one, Given) for reply in one.replies]
 
 
@@ -147,7 +147,7 @@ def test_an_update_that_is_lost_is_not_told_as_sent(monkeypatch, caplog):
         raise LostError("gone")
 
     given = Given(kind="train")
-    given.answer = lose
+    given.answer = lose  # type: ignore[method-assign]
     serve_all(given)
     assert "a reply is lost" in caplog.text
     assert "sent" not in caplog.text
@@ -170,7 +170,7 @@ def test_who_is_told_to_end_while_training_says_so_and_ends(monkeypatch):
     monkeypatch.setattr("fedveil.flower.client._train", stop)
     first, second = Given(kind="train"), Given()
     with pytest.raises(StopServing):
-        serve(Partner("clinic-1", None), Queue(first, second))
+        serve(Partner("clinic-1", None), Queue(first, second))  # type: ignore[arg-type]
     (reply,) = first.replies
     assert reply.error.reason == "stopped"
     assert not second.replies
@@ -186,7 +186,7 @@ def test_who_is_told_to_end_ends_when_nobody_takes_the_last_reply(problem, monke
 
     monkeypatch.setattr("fedveil.flower.client._train", stop)
     first, second = Given(kind="train"), Given()
-    first.answer = lose
+    first.answer = lose  # type: ignore[method-assign]
     with pytest.raises(StopServing):
-        serve(Partner("clinic-1", None), Queue(first, second))
+        serve(Partner("clinic-1", None), Queue(first, second))  # type: ignore[arg-type]
     assert not second.replies

@@ -7,6 +7,8 @@ from torch import nn
 class Counting(nn.Module):
     """What it computes depends on how often it was called, in all ways that a module can count."""
 
+    state: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.last = nn.Linear(16, 3)

@@ -85,7 +85,7 @@ class TestBeginning:
         model.seen.append(3)
         model.memory = torch.zeros(1)
         model.known["a"] = 1
-        model.fresh = "left over"
+        model.fresh = "left over"  # type: ignore[assignment]
         model._buffers["state"] = torch.full((1,), 5.0)
         with torch.no_grad():
             model.last.weight.fill_(0)

@@ -141,7 +141,7 @@ class TestInEveryScheme:
 
     def test_an_update_moves_the_model_no_further_than_the_bound(self, name):
         # Quantized sections cannot be enlarged by the same factor here, so exact ones are.
-        scheme = dataclasses.replace(SCHEMES[name], update_bits=None)
+        scheme = dataclasses.replace(SCHEMES[name], update_bits=None)  # type: ignore[type-var]
         honest, base = weights(run(scheme).global_model), weights(mlp())
         step = distance(honest, base)
         lied = run(scheme, {"c1": times(-300.0)})

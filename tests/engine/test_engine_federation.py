@@ -198,7 +198,7 @@ def test_workers_multiply_as_precisely_as_the_process_that_started_them(precisio
 
 
 def test_an_observer_hears_of_every_event_in_order():
-    heard = []
+    heard: list[tuple[object, ...]] = []
 
     class Ear(Observer):
         def run_started(self, rounds, finished):

@@ -1,7 +1,7 @@
 """How large a reply may be follows from what was sent: honest ones fit, and nothing much larger."""
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def test_names_of_any_length_fit(dtype):
     names = ["x" * 256, "a", *(f"layer.{i}.{'y' * i}" for i in range(200))]
     tensors = {name: Dense(torch.zeros(1, 1, 1, 1, 1, 1, 1, 1, dtype=dtype)) for name in names}
     sent = Message("proxy", "s", 1, "c" * 64, tensors)
-    words = {"examples": 2**62, "loss_first": -1.2345678901234567e-300}
+    words: dict[str, Any] = {"examples": 2**62, "loss_first": -1.2345678901234567e-300}
     for scalars in (words, {**words, **{f"gram/{n}"[:256]: n for n in names}}):
         reply = Message("update", "s", 1, "c" * 64, tensors, scalars)
         Message.from_bytes(reply.to_bytes(), limits=reply_limits(sent, {}))
@@ -141,7 +141,7 @@ def flooding(size, touched):
 
 class TestARun:
     def test_refuses_by_its_length_what_nobody_asked_for(self, tmp_path, monkeypatch):
-        read, touched = Message.from_bytes.__func__, []
+        read, touched = Message.from_bytes.__func__, []  # type: ignore[attr-defined]
 
         def reading(cls, data, *, limits=None):
             if limits is not None and len(data) <= limits.max_bytes:

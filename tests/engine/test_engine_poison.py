@@ -77,6 +77,7 @@ class Away(InTurn):
 
     def answers(self, jobs):
         for answer in super().answers(jobs):
+            assert answer.reply is not None
             number = Message.from_bytes(bytearray(answer.reply)).round
             if (answer.client, number) == self._away:
                 yield Answer(answer.client, None, TrainingError("away"))
@@ -278,6 +279,7 @@ class Overflowing(FedAvg):
 class OverflowingServer(FedAvgServer):
     def step(self, name):
         step = super().step(name)
+        assert step is not None
         return step * math.inf if self._ledger.round == 2 else step
 
 

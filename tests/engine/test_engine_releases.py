@@ -1,6 +1,7 @@
 """A limit on how many proxies one client may be sent."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -67,7 +68,7 @@ class TestNobodyIsSentMore:
 
         def spoiled(crew, jobs):
             for answer in answers(crew, jobs):
-                yield Answer(answer.client, b"?") if answer.client == "c3" else answer
+                yield Answer(answer.client, bytearray(b"?")) if answer.client == "c3" else answer
 
         monkeypatch.setattr(InTurn, "answers", spoiled)
         records = run(5, releases=2).rounds
@@ -135,11 +136,13 @@ class TestImpossibleLimits:
 
 def sample(seed, number, *, wanted=None, releases=None, records=(), clients=CLIENTS):
     """What an engine with these settings draws."""
+    nothing: Any = None  # in the place of what takes no part in it
     engine = Rounds(
-        server=None, crew=None, clients=list(clients), remembers=False, task=None, test=None,
-        model=None, configuration={}, secret=SECRET, seed=seed, clients_per_round=wanted,
-        releases=releases, bounds=Bounds(), evaluation=None, folder=None, keep_messages=False,
-        observer=None, manifest=None, exposure_limit=None, device=None,
+        server=nothing, crew=nothing, clients=list(clients), remembers=False, task=nothing,
+        test=None, model=nothing, configuration={}, secret=SECRET, seed=seed,
+        clients_per_round=wanted, releases=releases, bounds=Bounds(), evaluation=nothing,
+        folder=None, keep_messages=False, observer=nothing, manifest=nothing, exposure_limit=None,
+        device=None,
     )  # fmt: skip
     return engine._order(number, list(records))[: wanted or len(clients)]
 

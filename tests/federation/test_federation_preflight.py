@@ -1,6 +1,7 @@
 """What would fail at every client fails before anything is released, and says what is wrong."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,7 +124,8 @@ def test_names_and_types_are_looked_at_without_any_rows(test, tmp_path):
 @pytest.mark.parametrize("where", ["a client", "the owner", "the test set"])
 def test_whose_rows_are_tried(where):
     """A model that fails is found on whatever rows there are."""
-    broken, words = Odd(fails(KeyError("mine"))), {"scheme": FedQSN.default(of_public=True)}
+    broken = Odd(fails(KeyError("mine")))
+    words: dict[str, Any] = {"scheme": FedQSN.default(of_public=True)}
     clients = [toys.rows(4)] if where == "a client" else Remote(("one",))
     if where == "the test set":
         words = {"scheme": FedAvg(), "test": toys.rows(4)}
@@ -175,7 +177,8 @@ def test_it_leaves_everything_as_it_was(scheme, tmp_path):
 
 
 def _generators():
-    return torch.get_rng_state().numpy(), np.random.get_state()[1], random.getstate()[1]
+    numbers: Any = np.random.get_state()
+    return torch.get_rng_state().numpy(), numbers[1], random.getstate()[1]
 
 
 def test_it_is_no_release(tmp_path):

@@ -34,6 +34,7 @@ def changed(**facts):
 
     def behave(reply):
         data, _ = unpack(reply.content)
+        assert data is not None
         message = Wire.from_bytes(data)
         words = {name: getattr(message, name) for name in
                  ("kind", "scheme", "round", "client", "sections", "scalars")}  # fmt: skip
@@ -82,6 +83,7 @@ class TestResults:
         assert len(grid.sent) == 6
         for message in grid.sent:
             data, facts = unpack(message.content)
+            assert data is not None
             proxy = Wire.from_bytes(data)
             assert (proxy.kind, proxy.client) == ("proxy", by_node[message.metadata.dst_node_id])
             assert set(facts) == {"seed"}

@@ -32,7 +32,7 @@ def longest(monkeypatch):
     from fedveil import files
     from fedveil.wire import message
 
-    write, opened = files.write_whole, message.open_container
+    write, opened = files.write_whole, message.open_container  # type: ignore[attr-defined]
 
     def writing(path, content, *rest, **words):
         seen["written"] = max(seen["written"], len(content))
@@ -124,7 +124,7 @@ class TestAStrategysFolder:
     def test_is_not_anothers(self, tmp_path):
         (tmp_path / "run.json").write_text("mine")
         with pytest.raises(Exception, match=r"in the way.*run\.json"):
-            self.start(LocalGrid({}), out=tmp_path)
+            self.start(LocalGrid({}), out=tmp_path)  # type: ignore[misc]
         assert [p.name for p in Path(tmp_path).iterdir()] == ["run.json"]
 
     def test_is_held_while_it_runs(self, tmp_path):
@@ -135,7 +135,7 @@ class TestAStrategysFolder:
 
             def again():
                 try:
-                    self.start(LocalGrid({}), out=tmp_path)
+                    self.start(LocalGrid({}), out=tmp_path)  # type: ignore[misc]
                 except Exception as error:
                     caught.append(str(error))
 
@@ -145,5 +145,5 @@ class TestAStrategysFolder:
             return reply
 
         grid = grid_of(toys.federation(toys.mlp(), scheme=SCHEME), partner_1=second)
-        self.start(grid, out=tmp_path)
+        self.start(grid, out=tmp_path)  # type: ignore[misc]
         assert "A run is at work" in caught[0]

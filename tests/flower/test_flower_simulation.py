@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_an_ordinary_app_behind_its_mod_and_a_strategy_inside_another(tmp_path, 
         num_supernodes=3,
         backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
     )
-    losses = [m["train_loss"] for m in found[0].train_metrics_clientapp.values()]
+    losses: list[Any] = [m["train_loss"] for m in found[0].train_metrics_clientapp.values()]
     assert len(losses) == 2
     assert losses[1] < losses[0]
     assert torch.isfinite(found[0].arrays.to_torch_state_dict()["1.weight"]).all()

@@ -1,6 +1,7 @@
 """Schemes around Flower's strategies: nodes get proxies, strategies get whole models."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from fedveil.wire import Message as Wire
 from grids import LocalGrid, Node, bytes_of
 
 SCHEME = FedQSN(units="neurons", average="participants")
-EVERYONE = {"min_train_nodes": 3, "min_available_nodes": 3, "min_evaluate_nodes": 3}
+EVERYONE: dict[str, Any] = {"min_train_nodes": 3, "min_available_nodes": 3, "min_evaluate_nodes": 3}
 
 
 def strategy(inner=None, scheme=SCHEME, **words):
@@ -66,6 +67,7 @@ class TestWhatLeaves:
         assert len(nodes.sent) == 6  # no evaluation, though FedAvg wants one
         for message in nodes.sent:
             data, facts = unpack(message.content)
+            assert data is not None
             proxy = Wire.from_bytes(data)
             client = nodes.nodes[message.metadata.dst_node_id].key.decode()
             assert (proxy.kind, proxy.client) == ("proxy", client)
@@ -114,6 +116,7 @@ class TestInnerStrategies:
     def test_a_median_is_not_moved_by_one_who_lies(self):
         def lie(reply):
             data, _ = unpack(reply.content)
+            assert data is not None
             update = Wire.from_bytes(data).sections
             huge = {n: Dense(s.tensor * 0 + 100.0) for n, s in update.items()}
             return changed(sections=huge)(reply)
@@ -130,6 +133,7 @@ class TestInnerStrategies:
     def test_nobody_weighs_what_it_claims(self):
         def lie(reply):
             data, _ = unpack(reply.content)
+            assert data is not None
             scalars = {**Wire.from_bytes(data).scalars, "examples": 2**63 - 1}
             return changed(scalars=scalars)(reply)
 
@@ -157,7 +161,9 @@ class TestInnerStrategies:
         start(nodes, strategy(Spy(**EVERYONE)), rounds=1)
         base = toys.weights(toys.mlp())
         for reply, sent in zip(seen, nodes.sent, strict=True):
-            proxy = Wire.from_bytes(unpack(sent.content)[0])
+            data, _ = unpack(sent.content)
+            assert data is not None
+            proxy = Wire.from_bytes(data)
             group = next(n for n in proxy.sections if n.startswith("units/"))
             units = set(proxy.sections[group].released.tolist())
             whole = reply.content["arrays"].to_torch_state_dict()["1.weight"]
@@ -204,6 +210,7 @@ class TestFaults:
 
         def lie(reply):
             data, _ = unpack(reply.content)
+            assert data is not None
             scalars = {**Wire.from_bytes(data).scalars, "loss_last": loss}
             return changed(scalars=scalars)(reply)
 
@@ -221,12 +228,17 @@ class TestFaults:
     def test_who_lacks_a_number_that_the_others_add_is_left_out(self):
         def mute(reply):
             data, _ = unpack(reply.content)
+            assert data is not None
             scalars = dict(Wire.from_bytes(data).scalars)
             del scalars["loss_last"]
             return changed(scalars=scalars)(reply)
 
         absent = {"partner_1": lambda reply: None}
-        two = {"min_train_nodes": 2, "min_available_nodes": 3, "fraction_evaluate": 0.0}
+        two: dict[str, Any] = {
+            "min_train_nodes": 2,
+            "min_available_nodes": 3,
+            "fraction_evaluate": 0.0,
+        }
         without = start(grid(**absent), strategy(FedAvg(**two)), rounds=1)
         assert nearly(start(grid(partner_1=mute), strategy(FedAvg(**two)), rounds=1), without)
 
@@ -308,7 +320,8 @@ def ordinary_app(*mods):
         rows = toys.rows(8, seed=context.node_config["partition-id"])
         images = torch.stack([row["image"] for row in rows])
         labels = torch.tensor([row["label"] for row in rows])
-        optimizer = torch.optim.SGD(model.parameters(), lr=message.content["config"]["lr"])
+        rate: Any = message.content["config"]["lr"]
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
         for _ in range(5):
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(model(images), labels)
@@ -357,7 +370,7 @@ class TestOrdinaryApps:
         grid = ordinary_grid(app)
         arrived = []
         for node in grid.nodes.values():
-            node.behaviour = lambda reply: arrived.append(reply) or reply
+            node.behaviour = lambda reply: arrived.append(reply) or reply  # type: ignore[func-returns-value]
         start(grid, strategy(directory=ByNode()), rounds=1)
         assert [unpack(reply.content) for reply in arrived] == [(None, {"failure": "other"})] * 3
         assert "4711" in caplog.text

@@ -58,7 +58,7 @@ def read_anything(data: bytes) -> str:
     if message is None:
         return said
     again = message.to_bytes()
-    assert _content(again) == _content(data)
+    assert _content(bytes(again)) == _content(data)
     assert Message.from_bytes(again).to_bytes() == again
     if _as_written(data) == data:
         assert again == data

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from math import prod
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,10 +89,10 @@ def random_tensor(dice: Random) -> QuantizedTensor:
 
 def expected(packed: QuantizedTensor) -> Tensor:
     """Decoded by the arithmetic in PyTorch, from copies."""
-    parts = [packed.codes.clone(), packed.scales.clone()]
+    codes, scales = packed.codes.clone(), packed.scales.clone()
     unit_scales = packed.unit_scales.clone() if packed.unit_scales is not None else None
     settings = {"bits": packed.bits, "block": packed.block, "fan_in": packed.fan_in}
-    rows = reference.decode(*parts, unit_scales, **settings)
+    rows = reference.decode(codes, scales, unit_scales, **settings)
     moved = [packed.units, *packed.shape[: packed.axis], *packed.shape[packed.axis + 1 :]]
     return rows.reshape(moved).movedim(0, packed.axis)
 
@@ -167,7 +168,7 @@ def check_select(packed: QuantizedTensor, dice: Random) -> None:
     count = dice.choice((0, 1, 2, 40)) if packed.units else 0
     units = torch.tensor([dice.randrange(packed.units) for _ in range(count)]).long()
     shape = (*packed.shape[: packed.axis], count, *packed.shape[packed.axis + 1 :])
-    copies = {}
+    copies: dict[str, Any] = {}
     for field in fields(packed):
         part = getattr(packed, field.name)
         if isinstance(part, Tensor):

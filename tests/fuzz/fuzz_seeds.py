@@ -268,7 +268,7 @@ def _rounds() -> Iterator[Named]:
     blocks = place("qsn-8").reply(Steady(("2.weight",)))
     yield "receive/qsn-8-reply", blocks.to_bytes(), "taken"
     fisher = {f"fisher/{name}": Statistics(torch.ones_like(tensor)) for name, tensor in _biases()}
-    scalars = {"examples": 3, "model": "0" * 64}
+    scalars: dict[str, Any] = {"examples": 3, "model": "0" * 64}
     told = Message("statistics", "fisher", 0, "owner", fisher, scalars)
     yield "receive/fisher-of-some", told.to_bytes(), "one is missing"
     grams = place("avg-regmean").reply(Steady(("4.weight",)))
@@ -312,8 +312,10 @@ def _replies() -> Iterator[Named]:
     bare = {n: s for n, s in proxy.sections.items() if not n.startswith("units/")}
     yield "receive/proxy-without-indices", replace(proxy, sections=bare).to_bytes(), "wrong shape"
     index = next(n for n in proxy.sections if n.startswith("units/"))
-    fewer = replace(proxy.sections[index], released=torch.arange(3))
-    scaled = replace(proxy.sections[index], scale=1e39)
+    units = proxy.sections[index]
+    assert isinstance(units, UnitIndex)
+    fewer = replace(units, released=torch.arange(3))
+    scaled = replace(units, scale=1e39)
     loud = replace(proxy, sections={**proxy.sections, index: scaled})
     yield "receive/proxy-scaled-beyond-float32", loud.to_bytes(), "float32"
     large = {

@@ -1,6 +1,7 @@
 """Adapters beside what begins at random: that is trained, travels, and is saved with them."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_a_head_that_a_saved_adapter_does_not_know_of_is_trained_and_saved(body,
     bare = peft.get_peft_model(fresh(task, tmp_path), peft.LoraConfig(r=2, target_modules=[target]))
     bare.save_pretrained(tmp_path / "before")
     table = ModelTable(name=str(tmp_path), num_labels=3, adapter="before")
-    model = load_model(table, task, ["a", "b", "c"], tmp_path, seed=7)
+    model: Any = load_model(table, task, ["a", "b", "c"], tmp_path, seed=7)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert any("classifier" in name for name in trained)
     train(model)
@@ -243,6 +244,7 @@ def home_of(folder, scheme, model="", lora=""):
 def test_a_run_saves_what_it_measured(scheme, tmp_path):
     config = home_of(tmp_path, scheme)
     federation = build(config)
+    assert federation._test is not None
     result = federation.run(1)
     saved = save_model(config, result.global_model)
     torch.manual_seed(99)

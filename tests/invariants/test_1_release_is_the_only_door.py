@@ -45,7 +45,7 @@ def windows(tensor: torch.Tensor) -> Iterator[bytes]:
 def run(request, tmp_path, monkeypatch):
     """A run with all that clients were handed, and the global model at the start of each round."""
     globals_, places = [], []
-    begin, crew = FedQSNServer.begin_round, facade.workers
+    begin, crew = FedQSNServer.begin_round, facade.workers  # type: ignore[attr-defined]
 
     def spy_begin(server, number):
         globals_.append(snapshot(server.state().tensors))

@@ -105,7 +105,7 @@ def spellings(value: bytes) -> list[bytes]:
 def test_the_secret_is_written_shown_and_handed_out_nowhere(tmp_path, monkeypatch, capsys, caplog):
     value = bytes(torch.randint(0, 256, (32,)).tolist())
     secret, shown = Secret(value), []
-    crew = facade.workers
+    crew = facade.workers  # type: ignore[attr-defined]
 
     def spy(place, workers):
         shown.append(pickle.dumps(place))
@@ -127,7 +127,7 @@ def test_the_secret_is_written_shown_and_handed_out_nowhere(tmp_path, monkeypatc
         lambda: federation(mlp(), secret=secret, out=tmp_path).run(2, resume=True),
         lambda: federation(mlp(), secret=secret, clients={"a": bad}),
         lambda: Secret(value[:31]),
-        lambda: Secret(value.hex()),
+        lambda: Secret(value.hex()),  # type: ignore[arg-type]
         lambda: federation(mlp(), secret=secret, training=FAST, scheme=FedQSN(units="x")),
     ):
         with pytest.raises(FedveilError) as caught:

@@ -223,7 +223,9 @@ class TestThroughTheEngine:
 
     def test_if_all_are_hostile_the_first_reason_is_raised(self, monkeypatch):
         monkeypatch.setattr(
-            InTurn, "answers", lambda crew, jobs: (Answer(job.client, b"no") for job in jobs)
+            InTurn,
+            "answers",
+            lambda crew, jobs: (Answer(job.client, bytearray(b"no")) for job in jobs),
         )
         with pytest.raises(FedveilError, match="cut off"):
             federation(mlp()).run(1)

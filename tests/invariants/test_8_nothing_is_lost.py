@@ -114,7 +114,11 @@ class TestAClientThatFails:
 
         def rubbish(crew, jobs):
             for answer in answers(crew, jobs):
-                yield Answer(answer.client, b"?") if answer.client == "partner-1" else answer
+                yield (
+                    Answer(answer.client, bytearray(b"?"))
+                    if answer.client == "partner-1"
+                    else answer
+                )
 
         monkeypatch.setattr(InTurn, "answers", rubbish)
         result = federation(mlp(), scheme=SCHEME, training=TOUCHES_ALL).run(1)
@@ -359,7 +363,7 @@ class TestAKilledRun:
 class TestAFullDisk:
     def test_leaves_the_round_before(self, tmp_path, uninterrupted, monkeypatch):
         standard(tmp_path, keep_messages=True).run(1)
-        before, save = files(tmp_path / "checkpoints"), shards.save_file
+        before, save = files(tmp_path / "checkpoints"), shards.save_file  # type: ignore[attr-defined]
 
         def half(tensors, path, metadata):
             save(tensors, path, metadata=metadata)

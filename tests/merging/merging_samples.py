@@ -1,5 +1,7 @@
 """Small models, their data, and merging as the papers have it, in float64."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,7 +12,7 @@ from fedveil.tasks import TextClassification
 from toys import NumberTokenizer, rows, texts
 
 EXACT = RegMean(off_diagonal=1.0, ridge=0.0, bits=None, examples=10_000)
-CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
 METHODS = ("regmean", "fisher", "mean")
 
 

@@ -54,7 +54,7 @@ def test_regmean_of_least_squares_is_least_squares_on_the_union(seed, counts):
         targets.append(y)
     (result,) = merge(models, statistics=statistics, settings=EXACT)
     union = torch.linalg.lstsq(torch.cat(inputs), torch.cat(targets)).solution.t()
-    torch.testing.assert_close(result[1].weight.double(), union, **CLOSE)
+    torch.testing.assert_close(result.get_parameter("1.weight").double(), union, **CLOSE)
 
 
 @pytest.mark.parametrize("off_diagonal", [0.0, 0.5, 1.0])
@@ -225,7 +225,7 @@ def test_statistics_of_half_precision_are_those_of_the_same_values(method):
 
 def test_the_first_models_dtypes_are_kept():
     (result,) = merge([mlp(0).bfloat16(), mlp(1)], method="mean")
-    assert result[1].weight.dtype == torch.bfloat16
+    assert result.get_parameter("1.weight").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -196,7 +196,7 @@ def test_no_more_examples_are_looked_at_than_asked_for(method):
 
 def test_what_cannot_be_measured_is_one_clear_error():
     with pytest.raises(ConfigurationError, match=r"regmean or fisher.*'mean'"):
-        statistics_of(MODEL, rows(4), task=task_of(MODEL), method="mean")
+        statistics_of(MODEL, rows(4), task=task_of(MODEL), method="mean")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="needs a task with classes"):
         statistics_of(gpt2(0), texts(4), task=NextToken(), method="fisher")
     with pytest.raises(DataError, match="empty"):

@@ -106,7 +106,7 @@ ODDITIES = np.array(
 def ties(bits):
     """Units of 130 values that lie exactly on thresholds times their scale, and one bit beside."""
     thresholds = NormalFloat(bits).thresholds.numpy()
-    scales = np.float32([1, 0.75, 1.1, 3e-30, 7e37, 0.1])[:, None]
+    scales = np.array([1, 0.75, 1.1, 3e-30, 7e37, 0.1], np.float32)[:, None]
     on = scales * np.resize(thresholds, 43)
     below, above = np.nextafter(on, np.float32(-9e37)), np.nextafter(on, np.float32(9e37))
     return torch.from_numpy(np.concatenate([on, below, above, scales], axis=1))

@@ -64,7 +64,7 @@ def any_bytes(draw):
         name: torch.from_numpy(
             generator.integers(0, 256, extents, np.uint8)
             if dtype == torch.uint8
-            else generator.choice(np.float32([0, 1e-3, 1, 1e-38, 3e38, 0.3]), extents)
+            else generator.choice(np.array([0, 1e-3, 1, 1e-38, 3e38, 0.3], np.float32), extents)
         )
         for name, (dtype, extents) in part_layout(tuple(shape), axis=axis, **options).items()
     }
@@ -201,7 +201,7 @@ def test_as_many_threads_as_pytorch_may_use_and_the_same_bits(axis, monkeypatch)
     compiled = blockwise._load()
     started = []
 
-    class Threads(compiled.ThreadPoolExecutor):
+    class Threads(compiled.ThreadPoolExecutor):  # type: ignore[name-defined]
         def __init__(self, count):
             started.append(count)
             super().__init__(count)

@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def record(number, accuracy=None, **changes):
             "proxy_before": {"accuracy": 30.0, "loss": 1.0},
             "proxy_after": {"accuracy": 50.0, "loss": 1.0},
         }
-    words = {
+    words: dict[str, Any] = {
         "bytes_down": {"a": 100, "b": 300},
         "bytes_up": {"a": 1000, "b": 3000},
         "measures": measures,
@@ -34,7 +35,7 @@ def record(number, accuracy=None, **changes):
 
 
 def result(rounds, base=20.0):
-    return Result(None, rounds, {"accuracy": base, "loss": 2.0} if base else None, 10_000)
+    return Result(None, rounds, {"accuracy": base, "loss": 2.0} if base else None, 10_000)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def record(number, loss):
 
 @pytest.fixture
 def summary():
-    result = Result(None, [record(1, 2.75), record(2, 2.5)], reached(3.25), 10_000)
+    result = Result(None, [record(1, 2.75), record(2, 2.5)], reached(3.25), 10_000)  # type: ignore[arg-type]
     figures = summarize("fedlpp", result, seconds=3.0, own_data=2.875)
     return {"fp32_bytes": 10_000, "schemes": {"fedlpp": figures}}
 
@@ -67,7 +67,7 @@ class TestTheSummary:
 
     def test_of_a_run_that_measured_its_base_only(self):
         bare = RoundRecord(1, bytes_down={"a": 1}, bytes_up={"a": 1})
-        assert summarize("x", Result(None, [bare], reached(3.0), 1), seconds=1)["base"] == 3.0
+        assert summarize("x", Result(None, [bare], reached(3.0), 1), seconds=1)["base"] == 3.0  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("width", [80, 200])
     def test_as_a_table(self, summary, width):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
@@ -43,6 +44,7 @@ class Browser:
     def __init__(self, home):
         pairs = (os.pipe(), os.pipe())
         theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (pairs[0][0], pairs[1][1])]
+        assert CHROMIUM is not None
         start = (sys.executable, "-c", self.START, *map(str, theirs), CHROMIUM)
         self.process = subprocess.Popen(
             [*start, *self.OPTIONS, f"--user-data-dir={home}", "about:blank"],
@@ -164,7 +166,7 @@ def structure(path):
 
 
 SCRIPT = '<script>alert("x&y")</script>'
-SIZES = {
+SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "small": (3, 2, {}),
     "ten": (10, 5, {"attacks": 4, "alarms": [("replayed-mask", "Round 3 repeats round 2.")]}),
     "hundred": (100, 100, {"attacks": 4}),

@@ -66,7 +66,7 @@ def test_a_model_that_is_mapped_from_its_files_serves_as_it_is(tmp_path):
 @pytest.fixture
 def engines(monkeypatch):
     """Every engine that a federation starts."""
-    made, start = [], facade.Rounds
+    made, start = [], facade.Rounds  # type: ignore[attr-defined]
 
     def note(**settings):
         made.append(start(**settings))

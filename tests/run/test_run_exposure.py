@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 import toys
 from fedveil.audit import Evidence
 from fedveil.errors import CheckpointError, ConfigurationError, ExposureError
+from fedveil.masking import Policy
 from fedveil.run import Exposure, Manifest, Proxy
 from fedveil.schemes import FedAvg, FedQSN
 from fedveil.state import read_state
 from fedveil.wire import Message
 
 NAMES = ("a", "b", "c")
-POLICIES = ("fresh", "sticky", "grouped")
+POLICIES: tuple[Policy, ...] = ("fresh", "sticky", "grouped")
 
 
 def server_of(scheme, model=None):
@@ -110,7 +111,7 @@ def test_what_a_message_would_add_is_what_it_adds():
 
 
 def test_policies_differ_in_what_later_rounds_add():
-    shares = {}
+    shares: dict[str, list[float]] = {}
     for policy in POLICIES:
         ledger, _, _ = played(FedQSN(policy=policy), [["a"], ["a"], ["a"]], Exposure)
         shares[policy] = [ledger.share(["a"])]
@@ -188,7 +189,7 @@ class TestOnDisk:
                 heads.append((tmp_path / "exposure.head").read_bytes() if heads else b"")
                 record(message)
 
-            ledger.record = remembering
+            ledger.record = remembering  # type: ignore[method-assign]
             return ledger
 
         plan = [["a"], ["b"]]

@@ -181,7 +181,7 @@ class TestBadInput:
         with pytest.raises(ConfigurationError, match="no LoRA adapter"):
             toys.federation(toys.gpt2(), scheme=FedQSN(train_only="B"), task=toys.NextToken())
         with pytest.raises(ConfigurationError, match="train_only"):
-            FedQSN(train_only="A")
+            FedQSN(train_only="A")  # type: ignore[arg-type]
 
     def test_fresh_masks_would_show_another_part_in_every_round(self):
         with pytest.raises(ConfigurationError, match="Fresh masks"):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -140,7 +142,7 @@ class TestClient:
     def test_a_proxy_of_another_width_is_refused(self):
         server = FedQSN().server(mlp(), SECRET)
         server.begin_round(1)
-        wide = bare(mlp())
+        wide: Any = bare(mlp())
         wide[5] = torch.nn.Linear(64, 4)
         with pytest.raises(ProtocolError, match=r"wrong shape.*5\.weight"):
             FedQSN().client().load(server.release("a"), wide)

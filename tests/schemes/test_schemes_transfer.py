@@ -10,9 +10,10 @@ from torch import nn
 from transfer_samples import ONCE, OWNER, SCHEMES, TEXTS, first, sent, transfer, tuned
 
 import toys
-from fedveil import CheckpointError, ConfigurationError, DataError, FedAvg, FedLPP, FedQSN
+from fedveil import CheckpointError, ConfigurationError, DataError, FedAvg, FedLPP, FedQSN, Training
 from fedveil.audit import Evidence, audit
 from fedveil.schemes.transfer import COEFFICIENTS
+from fedveil.training import TrainingRecord
 
 
 class TestNoByteDependsOnTheOwnersModel:
@@ -99,7 +100,7 @@ class TestTheOwnersModelLearnsWhatIsTaught:
     def test_in_a_federation_it_gets_better(self):
         public, test = toys.mlp(), toys.rows(90, seed=8)
         scheme = FedQSN.once(server_mask=0.0)
-        training = toys.Training(steps=30, batch_size=4, learning_rate=0.05)
+        training = Training(steps=30, batch_size=4, learning_rate=0.05)
         result = toys.federation(
             tuned(public, 2), public=public, owner=toys.rows(30, seed=9), scheme=scheme,
             training=training, test=test,
@@ -128,7 +129,7 @@ class TestTheOwnersModelLearnsWhatIsTaught:
                 parameter.fill_(1.0)
         own = copy.deepcopy(public)
         with torch.no_grad():
-            own[1].weight.zero_()
+            own.get_parameter("1.weight").zero_()
         server = transfer(FedAvg(), public, own, judge=first(1.0, 1.0))
         server.begin_round(1)
         message = server.release("a")
@@ -164,7 +165,7 @@ def _step(size):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += size if parameter.requires_grad else 0.0
-        return toys.TrainingRecord(5, 1, 1.0, 0.5)
+        return TrainingRecord(5, 1, 1.0, 0.5)
 
     return toys.TrainBy(train)
 

@@ -14,6 +14,7 @@ from fedveil import (
     DataError,
     FedAvg,
     ImageClassification,
+    Training,
     TrainingError,
     Tuning,
 )
@@ -125,7 +126,7 @@ class TestTheOwnerRepeatsHisTuning:
             torch.testing.assert_close(tensor, tune(taught)[name], atol=1e-12, rtol=0)
 
     def test_from_what_has_nothing_to_do_with_his_model(self):
-        rows, training = toys.rows(60, seed=9), toys.Training(30, batch_size=4, learning_rate=0.05)
+        rows, training = toys.rows(60, seed=9), Training(30, batch_size=4, learning_rate=0.05)
         own = toys.mlp(3)
         short = replace(training, steps=4)
         Trainer(ImageClassification(num_labels=3), rows, short).train(own, seed=1)
@@ -146,7 +147,7 @@ class TestTheOwnerRepeatsHisTuning:
         own = tuned(public, 7)
         for seed in (1, 2):
             out = tmp_path / str(seed)
-            tuning = Tuning(toys.texts(12, seed=seed), toys.Training(2, batch_size=4))
+            tuning = Tuning(toys.texts(12, seed=seed), Training(2, batch_size=4))
             run = {"public": public, "out": out, "tuning": tuning, "keep_messages": True, **TEXTS}
             toys.federation(own, **run).run(1)
             resumed = toys.federation(own, **run).run(2, resume=True)
@@ -160,17 +161,17 @@ class TestTheOwnerRepeatsHisTuning:
     def test_a_run_is_not_resumed_with_another_tuning(self, tmp_path):
         own, rows = tuned(toys.bert(), 7), toys.texts(12, seed=1)
         run = {"public": toys.bert(), "out": tmp_path, **TEXTS}
-        toys.federation(own, tuning=Tuning(rows, toys.Training(2)), **run).run(1)
-        for other in ({"tuning": Tuning(rows, toys.Training(3))}, {}):
+        toys.federation(own, tuning=Tuning(rows, Training(2)), **run).run(1)
+        for other in ({"tuning": Tuning(rows, Training(3))}, {}):
             with pytest.raises(CheckpointError, match="configuration"):
                 toys.federation(own, **other, **run).run(2, resume=True)
 
     def test_his_rows_and_settings_are_looked_at_first(self):
         run = {"public": toys.mlp(), **OWNER}
         with pytest.raises(DataError, match="the rows of the owner's tuning"):
-            toys.federation(toys.mlp(), tuning=Tuning([{"image": 1}], toys.Training()), **run)
-        frozen = toys.Training(frozen=("nothing.*",))
+            toys.federation(toys.mlp(), tuning=Tuning([{"image": 1}], Training()), **run)
+        frozen = Training(frozen=("nothing.*",))
         with pytest.raises(ConfigurationError, match=r"nothing\.\*"):
             toys.federation(toys.mlp(), tuning=Tuning(toys.rows(8), frozen), **run)
         with pytest.raises(ConfigurationError, match="no public model"):
-            toys.federation(toys.mlp(), tuning=Tuning(toys.rows(8), toys.Training()))
+            toys.federation(toys.mlp(), tuning=Tuning(toys.rows(8), Training()))

@@ -90,14 +90,14 @@ class TestWhatIsLearned:
 class TestTheLoss:
     def test_is_that_of_transformers(self, tokenizer, gpt2):
         task = CausalLM(tokenizer)
-        batch = task.collate(task.prepare(ROWS).rows)
+        batch = task.collate(task.prepare(ROWS).rows)  # type: ignore[arg-type]
         with torch.no_grad():
             expected = gpt2(**batch).loss
             assert torch.allclose(task.loss(gpt2, batch), expected, atol=1e-6)
 
     def test_is_that_of_transformers_for_t5(self, tokenizer, t5):
         task = Seq2Seq(tokenizer)
-        batch = task.collate(task.prepare(ROWS).rows)
+        batch = task.collate(task.prepare(ROWS).rows)  # type: ignore[arg-type]
         with torch.no_grad():
             assert torch.allclose(task.loss(t5, batch), t5(**batch).loss, atol=1e-6)
 
@@ -105,14 +105,14 @@ class TestTheLoss:
         task = CausalLM(tokenizer)
         rows = task.prepare(ROWS).rows
         with torch.no_grad():
-            together = task.measure(gpt2, task.collate(rows))
+            together = task.measure(gpt2, task.collate(rows))  # type: ignore[arg-type]
             alone = [task.measure(gpt2, task.collate([row])) for row in rows]
         assert together.examples == sum(m.examples for m in alone) == 2 + 4
         assert together.loss == pytest.approx(sum(m.loss for m in alone), rel=1e-5)
 
     def test_is_smoothed_in_training_only(self, tokenizer, gpt2):
         plain, smooth = CausalLM(tokenizer), CausalLM(tokenizer, label_smoothing=0.1)
-        batch = plain.collate(plain.prepare(ROWS).rows)
+        batch = plain.collate(plain.prepare(ROWS).rows)  # type: ignore[arg-type]
         with torch.no_grad():
             assert smooth.loss(gpt2, batch) != plain.loss(gpt2, batch)
             assert smooth.measure(gpt2, batch) == plain.measure(gpt2, batch)
@@ -161,7 +161,7 @@ class TestBadInput:
     @pytest.mark.parametrize("problem", BAD)
     def test_is_named(self, problem, tokenizer):
         with pytest.raises(DataError, match=problem):
-            CausalLM(tokenizer, max_length=6).prepare(BAD[problem])
+            CausalLM(tokenizer, max_length=6).prepare(BAD[problem])  # type: ignore[arg-type]
 
     def test_a_text_longer_than_the_model_reads(self, tokenizer, gpt2):
         rows = [{"text": "one " * 100}]

@@ -1,5 +1,7 @@
 """What a classifier says of a text does not depend on the other texts of its batch."""
 
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -11,7 +13,7 @@ from fedveil.training import evaluate
 transformers = pytest.importorskip("transformers")
 
 WORDS = "abcdefg"
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"text": " ".join(WORDS[(i * j) % 7] for j in range(1 + i % 9)), "label": i % 2}
     for i in range(20)
 ]
@@ -72,7 +74,7 @@ def test_in_training_too():
     net, task = model("GPT2", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0), None
     task = TextClassification(tokenizer())
     rows = task.prepare(ROWS).rows
-    together = task.loss(net.train(), task.collate(rows))
+    together = task.loss(net.train(), task.collate(rows))  # type: ignore[arg-type]
     alone = torch.stack([task.loss(net, task.collate([row])) for row in rows]).mean()
     torch.testing.assert_close(together, alone)
 

@@ -82,7 +82,7 @@ def test_long_texts_are_cut(tokenizer):
 def test_pairs_of_texts(tokenizer):
     task = TextClassification(tokenizer, text="question", text_pair="answer")
     rows = [{"question": "good film", "answer": "a bad plot", "label": 0}]
-    batch = task.collate(task.prepare(rows).rows)
+    batch = task.collate(task.prepare(rows).rows)  # type: ignore[arg-type]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
     with pytest.raises(DataError, match="answer"):
         task.validate([{"question": "good", "label": 0}])
@@ -230,7 +230,7 @@ class TestF1:
         scores = torch.eye(classes).tolist()
         rows = [(label, scores[number]) for label, number in zip(labels, found, strict=True)]
         task = Fixed(label="label", num_labels=classes)
-        return evaluate(torch.nn.Identity(), task, rows, batch_size=3)["f1"]
+        return evaluate(torch.nn.Identity(), task, rows, batch_size=3)["f1"]  # type: ignore[arg-type]
 
     @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1))
     def test_of_two_classes_is_that_of_the_second(self, pairs):

@@ -8,7 +8,7 @@ import transformers
 
 from fedveil.errors import ConfigurationError, DataError
 from fedveil.hub import minilm_folder
-from fedveil.tasks import CausalLM, Seq2Seq
+from fedveil.tasks import CausalLM, Seq2Seq, Task
 from fedveil.training import Generation, Trainer, Training, answer, generate, score
 from training_samples import perceptron
 
@@ -32,7 +32,7 @@ def trained(request, tokenizer):
     """A task, and a model that knows its rows by heart."""
     torch.manual_seed(0)
     if request.param == "causal":
-        task = CausalLM(tokenizer)
+        task: Task = CausalLM(tokenizer)
         config = transformers.GPT2Config(
             vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64
         )

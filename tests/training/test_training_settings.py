@@ -17,7 +17,7 @@ def test_defaults_are_one_epoch_frozen_and_hashable():
     assert training.total_steps(7) == 7
     assert hash(training) == hash(Training())
     with pytest.raises(dataclasses.FrozenInstanceError):
-        training.steps = 3
+        training.steps = 3  # type: ignore[misc]
 
 
 def test_length_of_a_round():

@@ -4,6 +4,7 @@ import pickle
 from dataclasses import replace
 from itertools import chain, islice
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_one_sgd_step_by_hand():
     for name, tensor in expected.items():
         torch.testing.assert_close(state(model)[name].double(), tensor, atol=1e-6, rtol=1e-5)
     loss = float(-(p.log() * y).sum(1).mean())
-    assert record == TrainingRecord(6, 1, pytest.approx(loss), pytest.approx(loss))
+    assert record == TrainingRecord(6, 1, pytest.approx(loss), pytest.approx(loss))  # type: ignore[arg-type]
 
 
 def test_gradients_are_clipped_to_the_limit():
@@ -395,7 +396,7 @@ class TestDevices:
             assert torch.equal(held[name], tensor)
 
     def test_tied_weights_stay_tied(self, elsewhere):
-        model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        model: Any = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
         model[1].weight = model[0].weight
         with modes.on_device(model, "elsewhere"):
             assert model[0].weight is model[1].weight

@@ -6,6 +6,7 @@ import copy
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -27,7 +28,7 @@ HIDDEN_UNITS = {"heads": [1], "neurons": [0, 3], "columns": [1, 2]}
 CAUSAL = {"task_type": "CAUSAL_LM"}
 
 
-def llama(**changes: object) -> nn.Module:
+def llama(**changes: object) -> Any:
     """A LLaMA with sizes that every tuner of PEFT can divide."""
     config = transformers.LlamaConfig(
         **{
@@ -45,7 +46,7 @@ pytestmark = [
 ]
 
 
-def adapted(model: nn.Module, config: peft.PeftConfig) -> nn.Module:
+def adapted(model: nn.Module, config: peft.PeftConfig) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Adapters begin as zeros or ones, which would hide what is left of them.
@@ -59,7 +60,7 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 # What is cut ------------------------------------------------------------------------------------
 
-PLAIN = {
+PLAIN: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "bias": {"lora_bias": True},
@@ -68,7 +69,7 @@ PLAIN = {
     "attention only": {"target": "attention"},
     "mlp only": {"target": "mlp"},
 }
-TARGETS = {
+TARGETS: dict[str, dict[str, Any]] = {
     "llama": {"attention": ["q_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "down_proj"]},
     "bert": {"attention": ["query", "value"], "mlp": ["intermediate.dense", "output.dense"]},
     "gpt2-untied": {"attention": ["c_attn"], "mlp": ["c_fc", "mlp.c_proj"]},
@@ -76,7 +77,7 @@ TARGETS = {
 }
 
 
-def lora(family: str, **changes: object) -> peft.LoraConfig:
+def lora(family: str, **changes: Any) -> peft.LoraConfig:
     target = changes.pop("target", None)
     targets = [TARGETS[family][target]] if target else TARGETS[family].values()
     return peft.LoraConfig(
@@ -85,7 +86,7 @@ def lora(family: str, **changes: object) -> peft.LoraConfig:
 
 
 def assert_zeros_do_what_they_do_when_merged(
-    model: nn.Module, inputs: dict[str, Tensor], choice: str
+    model: Any, inputs: dict[str, Tensor], choice: str
 ) -> None:
     """Zeros in an adapter and its layer are zeros in the merged weight, which removal proves."""
     merged = copy.deepcopy(model).merge_and_unload()
@@ -302,7 +303,7 @@ def test_every_tuner_may_stay_where_nothing_is_cut(name: str) -> None:
     assert [f"base_model.model.{g.name}" for g in before] == [g.name for g in after]
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
     "ALoraLinearVariant": {"alora_invocation_tokens": [1], **CAUSAL},
     "MiCALinearVariant": {"init_lora_weights": "mica"},
@@ -448,7 +449,9 @@ def test_a_tuned_norm_that_columns_cut_is_refused() -> None:
 @pytest.mark.parametrize("name", ["LORA", "IA3", "LOHA"])
 @pytest.mark.parametrize("how", ["merged", "switched off", "active"])
 def test_a_plain_net_is_not_cut_at_layers_with_an_adapter(name: str, how: str) -> None:
-    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    net: Any = nn.Sequential(
+        nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
     peft.inject_adapter_in_model(tuner(name, ["0"]), net)
     if how == "merged":
         net[0].merge()
@@ -463,7 +466,7 @@ def test_a_plain_net_is_not_cut_at_layers_with_an_adapter(name: str, how: str) -
 
 
 def test_a_plain_net_whose_hidden_layers_all_have_adapters_is_refused() -> None:
-    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    net: Any = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
     peft.inject_adapter_in_model(tuner("LORA", ["0"]), net)
     net[0].enable_adapters(False)
     with pytest.raises(UnknownArchitectureError):
@@ -511,7 +514,7 @@ def test_withheld_parts_of_an_adapter_stay_zero_while_it_is_trained(shrink: bool
             return SimpleNamespace(examples=2, steps=2, loss_first=1.0, loss_last=1.0)
 
     trained = copy.deepcopy(model)
-    reply = scheme.client().fit(message, trained, Trainer())
+    reply = scheme.client().fit(message, trained, Trainer())  # type: ignore[arg-type]
     updates = {name: s.tensor for name, s in reply.sections.items()}
     place = "base_model.model.model.layers.0.mlp"
     assert list(updates[f"{place}.up_proj.lora_B.default.weight"].shape) == [16, 2]

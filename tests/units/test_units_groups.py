@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -49,9 +51,10 @@ def test_indices_want_numbers(units: Tensor) -> None:
 
 
 @pytest.mark.parametrize("change", [{"axis": -1}, {"width": 0}, {"offset": -2}])
-def test_impossible_slices_are_refused(change: dict[str, int]) -> None:
+def test_impossible_slices_are_refused(change: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"tensor": "w", "axis": 0, **change}
     with pytest.raises(ConfigurationError, match="w"):
-        Slice(**{"tensor": "w", "axis": 0, **change})
+        Slice(**settings)
 
 
 def group(*slices: Slice, name: str = "g", size: int = 4) -> UnitGroup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ class View(nn.Module):
         return self.read(self.conv(x).relu().view(-1, self.size))
 
 
-def norm() -> nn.Module:
+def norm() -> Any:
     return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
 
 
@@ -77,7 +78,8 @@ class Trainer:
         model(self.x).square().mean().backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= 0.1 * parameter.grad
+                assert parameter.grad is not None
+                parameter.sub_(0.1 * parameter.grad)
         return SimpleNamespace(examples=len(self.x), steps=1, loss_first=1.0, loss_last=1.0)
 
 
@@ -143,4 +145,4 @@ def test_where_nothing_is_withheld_nothing_is_checked() -> None:
     scheme = fedveil.FedQSN(server_mask=0.0, client_mask=0.0, bits=None)
     server = scheme.server(net, fedveil.Secret.generate())
     server.begin_round(1)
-    assert scheme.client().fit(server.release("a"), net, Trainer((5, 6, 4))).sections
+    assert scheme.client().fit(server.release("a"), net, Trainer((5, 6, 4))).sections  # type: ignore[arg-type]

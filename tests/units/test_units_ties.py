@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -192,7 +193,7 @@ class Side(nn.Module):
 
 
 def test_neighbours_in_one_memory_are_not_tied() -> None:
-    net = Side()
+    net: Any = Side()
     assert len({layer.weight.untyped_storage().data_ptr() for layer in net.layers}) == 2
     refuse_overlaps(net)
     for name, tensor in read_state(copy_of(net)).items():
@@ -211,7 +212,7 @@ def _same_memory(net: Coder) -> None:
 def test_ordinary_ties_stay_ties(ordinary) -> None:
     net = Coder(ordinary)
     refuse_overlaps(net)
-    again = copy_of(net)
+    again: Any = copy_of(net)
     assert again.decode.weight.data_ptr() == again.encode.weight.data_ptr()
     server = fedveil.FedAvg().server(net, fedveil.Secret.generate())
     assert "decode.weight" not in server.view("global")
@@ -219,7 +220,7 @@ def test_ordinary_ties_stay_ties(ordinary) -> None:
 
 def test_an_unsaved_name_of_a_tensor_goes_with_it_into_copies() -> None:
     net = Coder(lambda net: net.register_buffer("alias", net.encode.weight.detach(), False))
-    again = architecture_of(net)
+    again: Any = architecture_of(net)
     assert again.alias.data_ptr() == again.encode.weight.data_ptr()
     assert not again.alias.any()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ def without_neurons(model: nn.Module, family: Family) -> nn.Module:
                 keep = others(length, HIDDEN_UNITS["neurons"])
                 drop_outputs(layer, keep)
             drop_inputs(reader, keep)
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if type(module).__name__ == "GPT2Attention":
             module.split_size = module.c_attn.nf // 3
         if type(module).__name__ == "T5Attention":
@@ -74,7 +76,7 @@ def without_columns(model: nn.Module, family: Family) -> nn.Module:
     return model
 
 
-def _drop_embedding(model: nn.Module, layer: nn.Module, hidden: list[int]) -> None:
+def _drop_embedding(model: nn.Module, layer: Any, hidden: list[int]) -> None:
     if isinstance(layer, nn.Embedding):
         scatter_outputs(model, layer, hidden)
     elif hasattr(layer, "cls_token"):

@@ -132,7 +132,7 @@ class Normed(nn.Module):
 class LayerNormed(Normed):
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(12)
+        self.norm = nn.LayerNorm(12)  # type: ignore[assignment]
 
 
 class Unused(nn.Module):
@@ -203,13 +203,13 @@ def test_units_that_no_input_reaches_are_not_called_right() -> None:
 
 def test_without_any_input_it_is_said_how_to_give_one() -> None:
     class Needy(TwoReaders):
-        def forward(self, *, x, scale):
+        def forward(self, *, x, scale):  # type: ignore[override]
             return self.fc2(self.fc1(x).relu()) * scale
 
     model, rule = Needy(), Rule(("x",), (CHAIN,))
     with pytest.raises(UntriedError, match="example_inputs"):
         tried_units(model, rule=rule)
-    model.example_inputs = {"x": torch.randn(2, 5), "scale": torch.ones(())}
+    model.example_inputs = {"x": torch.randn(2, 5), "scale": torch.ones(())}  # type: ignore[assignment]
     assert len(tried_units(model, rule=rule)) == 1
 
 

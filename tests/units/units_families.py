@@ -8,28 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 WIDTH, HEADS, HIDDEN, VOCABULARY = 8, 4, 6, 11
 
-Layers = tuple[list[nn.Module], nn.Module]
+Layers = tuple[list[Any], Any]
 
 
 @dataclass(frozen=True)
 class Family:
-    build: Callable[[], nn.Module]
+    build: Callable[[], Any]
     inputs: Callable[[], dict[str, Tensor]]
-    blocks: Callable[[nn.Module], list[nn.Module]]
-    heads: Callable[[nn.Module], list[Layers]]  # of one block: (query, key, value), output
-    mlp: Callable[[nn.Module], list[Layers]]
-    embedding: Callable[[nn.Module], nn.Module] | None  # what puts out the embedding columns
+    blocks: Callable[[Any], list[Any]]
+    heads: Callable[[Any], list[Layers]]  # of one block: (query, key, value), output
+    mlp: Callable[[Any], list[Layers]]
+    embedding: Callable[[Any], Any] | None  # what puts out the embedding columns
     units: int = HEADS
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomise(model: Any, seed: int = 0) -> Any:
     """Fill every parameter and running statistic, so that nothing is zero or one by default."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
@@ -154,12 +155,12 @@ def _t5(feed_forward: str) -> Family:
         decoder_start_token_id=0,
     )
 
-    def attention(block: nn.Module) -> list[Layers]:
+    def attention(block: Any) -> list[Layers]:
         found = [getattr(x, "SelfAttention", None) for x in block.layer]
         found += [getattr(x, "EncDecAttention", None) for x in block.layer]
         return [([a.q, a.k, a.v], a.o) for a in found if a is not None]
 
-    def mlp(block: nn.Module) -> list[Layers]:
+    def mlp(block: Any) -> list[Layers]:
         dense = block.layer[-1].DenseReluDense
         return [([dense.wi_0, dense.wi_1] if hasattr(dense, "wi_0") else [dense.wi], dense.wo)]
 

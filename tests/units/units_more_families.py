@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 _TEXT = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -14,7 +14,7 @@ _TEXT = {
     "eos_token_id": 2,
 }  # fmt: skip
 _GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 4, "tie_word_embeddings": False}
-_SPEECH = {
+_SPEECH: dict[str, Any] = {
     "conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 3),
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2,
 }  # fmt: skip
@@ -28,12 +28,12 @@ _BOTH = {
     "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "decoder_start_token_id": 2,
 }  # fmt: skip
-_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
+_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
             "moe_intermediate_size": 20, "shared_expert_intermediate_size": 12}  # fmt: skip
 
 
-def _made(name: str, head: str, **settings: object) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
+def _made(name: str, head: str, **settings: object) -> Callable[[], Any]:
+    def build() -> Any:
         torch.manual_seed(0)
         config = getattr(transformers, f"{name}Config")(**settings)
         return getattr(transformers, name + head)(config).eval()
@@ -41,33 +41,33 @@ def _made(name: str, head: str, **settings: object) -> Callable[[], nn.Module]:
     return build
 
 
-def _text(name: str, head: str = "Model", **changes: object) -> Callable[[], nn.Module]:
+def _text(name: str, head: str = "Model", **changes: object) -> Callable[[], Any]:
     return _made(name, head, **{**_TEXT, **changes})
 
 
-def _grouped(name: str, head: str = "ForCausalLM", **changes: object) -> Callable[[], nn.Module]:
+def _grouped(name: str, head: str = "ForCausalLM", **changes: object) -> Callable[[], Any]:
     return _made(name, head, **{**_GROUPED, **changes})
 
 
-def _clip(name: str = "CLIP") -> Callable[[], nn.Module]:
+def _clip(name: str = "CLIP") -> Callable[[], Any]:
     return _made(
         name, "Model", text_config={**_TEXT, "projection_dim": 8}, vision_config=_SEEN,
         projection_dim=8,
     )  # fmt: skip
 
 
-def _clip_vision() -> nn.Module:
+def _clip_vision() -> Any:
     torch.manual_seed(0)
     return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**_SEEN)).eval()
 
 
-def _gemma3() -> nn.Module:
+def _gemma3() -> Any:
     torch.manual_seed(0)
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**_GROUPED)).eval()
 
 
 BOTH, MLP = "heads and neurons", "neurons"
-KNOWN: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+KNOWN: dict[str, tuple[str, Callable[[], Any]]] = {
     "gemma": (BOTH, _grouped("Gemma")),
     "gemma2": (BOTH, _grouped("Gemma2")),
     "gemma3_text": (BOTH, _gemma3),

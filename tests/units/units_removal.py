@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ def masks(groups: Iterable[UnitGroup], state: dict[str, Tensor], hidden: dict[st
     return result
 
 
-def zeroed(model: nn.Module, covered: dict[str, Tensor], value: float = 0.0) -> nn.Module:
+def zeroed(model: nn.Module, covered: dict[str, Tensor], value: float = 0.0) -> Any:
     model = copy.deepcopy(model)
     for name, tensor in model.state_dict().items():
         tensor.masked_fill_(covered[name], value)
@@ -36,7 +37,7 @@ def others(count: int, hidden: Iterable[int], width: int = 1, parts: int = 1) ->
     return torch.tensor([i for i in range(count) if i not in gone])
 
 
-def drop_outputs(module: nn.Module, keep: Tensor) -> None:
+def drop_outputs(module: Any, keep: Tensor) -> None:
     """Delete output positions of a layer, in place."""
     if type(module).__name__ == "Conv1D":
         _select(module, "weight", 1, keep)
@@ -61,7 +62,7 @@ def drop_inputs(module: nn.Module, keep: Tensor) -> None:
             setattr(module, name, len(keep))
 
 
-def drop_heads(outputs: list[nn.Module], reader: nn.Module, units: int, hidden: list[int]) -> None:
+def drop_heads(outputs: list[Any], reader: Any, units: int, hidden: list[int]) -> None:
     for module in outputs:
         fused = 3 if type(module).__name__ == "Conv1D" else 1
         length = module.nf if fused == 3 else module.out_features
@@ -120,7 +121,7 @@ def layer_axis(layer: nn.Module) -> int:
     return 1 if isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D" else 0
 
 
-def scatter_outputs(model: nn.Module, layer: nn.Module, hidden: list[int]) -> None:
+def scatter_outputs(model: nn.Module, layer: Any, hidden: list[int]) -> None:
     """Make a layer smaller and put zeros in place of what it no longer computes."""
     width = layer.weight.shape[layer_axis(layer)]
     keep = others(width, hidden)

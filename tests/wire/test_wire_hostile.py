@@ -343,6 +343,6 @@ def test_errors_say_where(monkeypatch):
     error = refused(forged(change_header=setter("sections", "mlp", "scale", value=-1.0)))
     assert error.where == "section 'mlp'"
     with pytest.raises(WireError, match="section 'w'"):
-        Message("proxy", "s", 0, "c", {"w": object()})
+        Message("proxy", "s", 0, "c", {"w": object()})  # type: ignore[dict-item]
     with pytest.raises(WireError, match="ascending"):
         UnitIndex(3, torch.tensor([2, 0]))

@@ -103,8 +103,8 @@ def gathered(draw):
         whole = quantize(weight, axis=axis, block=draw(st.sampled_from([7, 64])), **options)
         return Gathered(whole, chosen), whole.select(chosen)
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.uint8]))
-    whole = weight.movedim(axis, 0).to(dtype)
-    return Gathered(Dense(whole), chosen), Dense(whole.index_select(0, chosen))
+    plain = weight.movedim(axis, 0).to(dtype)
+    return Gathered(Dense(plain), chosen), Dense(plain.index_select(0, chosen))
 
 
 @pytest.mark.parametrize("way", ["numba", "torch"])
@@ -315,6 +315,7 @@ def test_impossible_unit_indexes_are_refused(arguments):
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0])
 def test_impossible_scales_are_not_sent(scale):
     packed = quantize(torch.ones(2, 4))
+    assert packed.unit_scales is not None
     packed.unit_scales[1] = scale
     with pytest.raises(WireError, match=r"scale is negative, NaN or infinite .in section 's'"):
         only(packed).to_bytes()
