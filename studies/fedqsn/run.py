@@ -107,6 +107,7 @@ class Trial:
     seed: int
     recipe: str
     full: bool
+    audited: bool = True
 
     @property
     def name(self) -> str:
@@ -115,7 +116,9 @@ class Trial:
 
     def run(self, scene: Scene) -> dict[str, Any]:
         """See `pool.Job`."""
-        return run(scene, recipes_of(self.scene)[self.recipe], self.seed, full=self.full)
+        recipe = recipes_of(self.scene)[self.recipe]
+        recipe = replace(recipe, attacked=recipe.attacked and self.audited)
+        return run(scene, recipe, self.seed, full=self.full)
 
 
 def main() -> None:
@@ -126,11 +129,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of recipes; all by default")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--quick", action="store_true", help="no full audits, to find a way")
+    parser.add_argument(
+        "--no-audits",
+        action="store_true",
+        help="G alone; not beside runs that were audited (--out)",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     results = Results(options.out)
     trials = [
-        Trial(name, seed, recipe, settings.full and not options.quick)
+        Trial(name, seed, recipe, settings.full and not options.quick, not options.no_audits)
         for seed in options.seeds
         for name in options.scenes
         for recipe, settings in recipes_of(name).items()
