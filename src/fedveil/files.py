@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
@@ -22,6 +22,7 @@ __all__ = [
     "private_file",
     "read_record",
     "sync",
+    "whole_file",
     "write_whole",
 ]
 
@@ -59,6 +60,36 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def whole_file(path: Path, *, synced: bool = True) -> Iterator[Path]:
+    """A file to write into that takes its place when all went well; else what was there still is.
+
+    Only its owner may read it, whoever writes it. Folders that are missing are made, the last one
+    likewise.
+
+    Args:
+        path: The place.
+        synced: Whether it is on disk before it takes its place. Only what nothing later relies on
+            may do without.
+
+    Raises:
+        OSError: It cannot be made, or put in place.
+    """
+    aside = path.with_name(f"{path.name}.unfinished")
+    make_private(path.parent)
+    try:
+        private_file(aside).close()
+        yield aside
+        aside.chmod(PRIVATE_FILE)
+        if synced:
+            sync(aside)
+        aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+
+
 def write_whole(
     path: Path,
     content: str | bytes | bytearray | memoryview,
@@ -82,19 +113,10 @@ def write_whole(
     Raises:
         FedveilError: Of the given class: it cannot be written; what was there before still is.
     """
-    aside = path.with_name(f"{path.name}.unfinished")
-    data = content.encode("utf-8") if isinstance(content, str) else content
     try:
-        make_private(path.parent)
-        with private_file(aside) as file:
-            file.write(data)
-            if synced:
-                file.flush()
-                os.fsync(file.fileno())
-        aside.replace(path)
+        with whole_file(path, synced=synced) as aside:
+            aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as problem:
-        with suppress(OSError):
-            aside.unlink()
         raise error(
             f"{path.name} could not be written",
             found=str(problem),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +15,7 @@ from fedveil.aggregation import RegMean
 from fedveil.aggregation.gram import Gram
 from fedveil.aggregation.linear import linear_layers
 from fedveil.errors import ConfigurationError, ProtocolError, WireError
-from fedveil.files import private_file
+from fedveil.files import whole_file
 from fedveil.merging.common import uncompiled, widened
 from fedveil.merging.fisher import decode_fisher, encode_fisher, fisher_diagonal
 from fedveil.selection import Selection
@@ -144,15 +143,8 @@ class MergeStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write them to a file that only its owner may read, whole or not at all."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".unfinished")
-        try:
-            with private_file(aside) as file:
-                file.write(self.message.to_bytes())
-            aside.replace(path)
-        finally:
-            with suppress(OSError):
-                aside.unlink()
+        with whole_file(Path(path)) as aside:
+            aside.write_bytes(self.message.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> MergeStatistics:

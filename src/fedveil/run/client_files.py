@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fedveil.errors import CheckpointError
-from fedveil.files import PRIVATE_FOLDER, make_private
+from fedveil.files import PRIVATE_FOLDER, make_private, whole_file
 from fedveil.shards import save_private
 from fedveil.state import StateDict
 
 __all__ = ["ClientFiles"]
 
-_FILE = re.compile(r"round-\d{6,}\.(safetensors|unfinished)")
+_FILE = re.compile(r"round-\d{6,}\.(safetensors(\.unfinished)?|unfinished)")
 
 
 @dataclass(frozen=True)
@@ -64,16 +63,13 @@ class ClientFiles:
             CheckpointError: If it cannot be written.
         """
         path = self.folder / client / f"round-{number:06d}.safetensors"
-        aside = path.with_suffix(".unfinished")
         try:
             make_private(self.folder)
             make_private(path.parent)
             path.parent.chmod(PRIVATE_FOLDER)  # earlier versions made it for all to read
-            save_private(memory, aside)
-            os.replace(aside, path)
+            with whole_file(path) as aside:
+                save_private(memory, aside)
         except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                aside.unlink()
             raise CheckpointError(
                 "What a client keeps for later rounds could not be written",
                 found=str(error),

@@ -50,7 +50,7 @@ _ORDER: Final = (
 )  # fmt: skip
 """Everything that is ever written under a name of its own, in the order in which it goes."""
 
-_MEMORY = re.compile(r"[\w.-]+(/round-\d{6,}\.(safetensors|unfinished))?")
+_MEMORY = re.compile(r"[\w.-]+(/round-\d{6,}\.(safetensors(\.unfinished)?|unfinished))?")
 _INSIDE: Final = {
     "messages": re.compile(r"round-\d{6,}(/[\w.-]+\.[a-z]+\.safetensors(\.unfinished)?)?"),
     "checkpoints": re.compile(
