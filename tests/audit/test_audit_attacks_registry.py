@@ -1,6 +1,7 @@
 """What an attack has to say and to yield, and that the audit needs no more of it."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedveil.audit.attacks.dropout_rescaling import rescale
 from fedveil.audit.attacks.registry import Beginning
 from fedveil.audit.words import title
 from fedveil.errors import ConfigurationError
+from fedveil.federation.stage import Stage
 from fedveil.schemes import FedAvg, FedQSN
 
 EXACT: dict[str, Any] = {"units": "neurons", "server_mask": 0.2, "client_mask": 0.5, "bits": None}
@@ -153,6 +155,29 @@ class TestASeam:
         rows = {tuple(line.strip("| ").split(" | ")) for line in lines}
         for one in registry._ATTACKS.values():
             assert (one.name, one.does, linked(one.source)) in rows
+
+
+class TestACoalition:
+    def test_makes_once_what_several_attacks_need_of_one_start(self):
+        made = []
+        coalition = Coalition(("a",), (), None, None)
+        for _ in range(2):
+            assert coalition.once("it", lambda: made.append("it") or len(made)) == 1
+        another = replace(coalition, start={"w": torch.zeros(1)})
+        assert another.once("it", lambda: made.append("it") or len(made)) == 2
+
+    def test_fills_holes_in_every_way_that_it_has(self, tmp_path):
+        evidence = Recorded(tmp_path, FedQSN(**EXACT)).play(1)
+        known = pool(evidence, evidence.proxies(["a"]))
+        stage = Stage(net(), None, None, None, {}, {}, public=toys.weights(net(5)))
+        coalition = Coalition(("a",), (), evidence, stage, ways=("zeros", "public"))
+        zeros, public = coalition.completed(known)
+        assert (zeros.holes, public.holes) == ("zeros", "public")
+        assert toys.same(zeros.state, impute(known, evidence.manifest))
+        assert toys.same(public.state, impute(known, evidence.manifest, stage.public))
+        for seen in known.known.values():
+            seen.fill_(True)
+        assert [stolen.holes for stolen in coalition.completed(known)] == ["zeros"]
 
 
 class TestDropoutRescaling:
