@@ -27,6 +27,7 @@ from fedveil.audit.words import title
 from fedveil.errors import ConfigurationError
 from fedveil.federation.stage import Stage
 from fedveil.schemes import FedAvg, FedQSN
+from fedveil.tasks import ImageClassification
 
 EXACT: dict[str, Any] = {"units": "neurons", "server_mask": 0.2, "client_mask": 0.5, "bits": None}
 DOCS = Path(__file__).parents[2] / "docs" / "audit.md"
@@ -158,23 +159,31 @@ class TestASeam:
 
 
 class TestACoalition:
-    def test_makes_once_what_several_attacks_need_of_one_start(self):
-        made = []
-        coalition = Coalition(("a",), (), None, None)
-        for _ in range(2):
-            assert coalition.once("it", lambda: made.append("it") or len(made)) == 1
-        another = replace(coalition, start={"w": torch.zeros(1)})
-        assert another.once("it", lambda: made.append("it") or len(made)) == 2
+    TASK = ImageClassification(num_labels=3)
+
+    def coalition(self, folder, **changes):
+        evidence = Recorded(folder, FedQSN(**EXACT)).play(1)
+        rows = self.TASK.prepare(toys.rows(6))
+        stage = Stage(
+            net(), self.TASK, rows, toys.FAST, {"a": rows}, {}, public=toys.weights(net(5))
+        )
+        return Coalition(("a",), evidence.proxies(["a"]), evidence, stage, **changes)
+
+    def test_makes_once_what_several_attacks_need_of_one_start(self, tmp_path):
+        numbers = iter(range(9))
+        coalition = self.coalition(tmp_path)
+        assert [coalition.once("it", lambda: next(numbers)) for _ in range(2)] == [0, 0]
+        another = replace(coalition, start=toys.weights(net()))
+        assert another.once("it", lambda: next(numbers)) == 1
 
     def test_fills_holes_in_every_way_that_it_has(self, tmp_path):
-        evidence = Recorded(tmp_path, FedQSN(**EXACT)).play(1)
-        known = pool(evidence, evidence.proxies(["a"]))
-        stage = Stage(net(), None, None, None, {}, {}, public=toys.weights(net(5)))
-        coalition = Coalition(("a",), (), evidence, stage, ways=("zeros", "public"))
+        coalition = self.coalition(tmp_path, ways=("zeros", "public"))
+        manifest = coalition.evidence.manifest
+        known = pool(coalition.evidence, coalition.sent)
         zeros, public = coalition.completed(known)
         assert (zeros.holes, public.holes) == ("zeros", "public")
-        assert toys.same(zeros.state, impute(known, evidence.manifest))
-        assert toys.same(public.state, impute(known, evidence.manifest, stage.public))
+        assert toys.same(zeros.state, impute(known, manifest))
+        assert toys.same(public.state, impute(known, manifest, coalition.stage.public))
         for seen in known.known.values():
             seen.fill_(True)
         assert [stolen.holes for stolen in coalition.completed(known)] == ["zeros"]
