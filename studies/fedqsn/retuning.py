@@ -15,7 +15,7 @@ __all__ = ["best", "on_the_way"]
 
 
 def on_the_way(scene: Scene, model: nn.Module, seed: int) -> list[nn.Module]:
-    """The model, what lies between, and last what the owner's tuning makes of it."""
+    """The model, points on the way to what the owner's tuning makes of it, and that."""
     end = copy.deepcopy(model)
     Trainer(scene.task, scene.tuned, scene.tuning).train(end, seed=seed)
     way = [model]

@@ -55,7 +55,7 @@ class Scene:
         public: What anybody can get of the same architecture.
         task: What it is for.
         tuned: The rows that the base was tuned on.
-        owner: Rows of the owner's that it was not tuned on.
+        owner: Rows of the owner that it was not tuned on.
         clients: Their rows.
         test: The owner's test set.
         plan: Of FedAvg and other schemes of many rounds.

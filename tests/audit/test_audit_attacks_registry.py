@@ -1,6 +1,7 @@
 """What an attack has to say and to yield, and that the audit needs no more of it."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from fedveil.audit.attacks.dropout_rescaling import rescale
 from fedveil.audit.attacks.registry import Beginning
 from fedveil.audit.words import title
 from fedveil.errors import ConfigurationError
+from fedveil.federation.stage import Stage
 from fedveil.schemes import FedAvg, FedQSN
+from fedveil.tasks import ImageClassification
 
 EXACT: dict[str, Any] = {"units": "neurons", "server_mask": 0.2, "client_mask": 0.5, "bits": None}
 DOCS = Path(__file__).parents[2] / "docs" / "audit.md"
@@ -153,6 +156,37 @@ class TestASeam:
         rows = {tuple(line.strip("| ").split(" | ")) for line in lines}
         for one in registry._ATTACKS.values():
             assert (one.name, one.does, linked(one.source)) in rows
+
+
+class TestACoalition:
+    TASK = ImageClassification(num_labels=3)
+
+    def coalition(self, folder, **changes):
+        evidence = Recorded(folder, FedQSN(**EXACT)).play(1)
+        rows = self.TASK.prepare(toys.rows(6))
+        stage = Stage(
+            net(), self.TASK, rows, toys.FAST, {"a": rows}, {}, public=toys.weights(net(5))
+        )
+        return Coalition(("a",), evidence.proxies(["a"]), evidence, stage, **changes)
+
+    def test_makes_once_what_several_attacks_need_of_one_start(self, tmp_path):
+        numbers = iter(range(9))
+        coalition = self.coalition(tmp_path)
+        assert [coalition.once("it", lambda: next(numbers)) for _ in range(2)] == [0, 0]
+        another = replace(coalition, start=toys.weights(net()))
+        assert another.once("it", lambda: next(numbers)) == 1
+
+    def test_fills_holes_in_every_way_that_it_has(self, tmp_path):
+        coalition = self.coalition(tmp_path, ways=("zeros", "public"))
+        manifest = coalition.evidence.manifest
+        known = pool(coalition.evidence, coalition.sent)
+        zeros, public = coalition.completed(known)
+        assert (zeros.holes, public.holes) == ("zeros", "public")
+        assert toys.same(zeros.state, impute(known, manifest))
+        assert toys.same(public.state, impute(known, manifest, coalition.stage.public))
+        for seen in known.known.values():
+            seen.fill_(True)
+        assert [stolen.holes for stolen in coalition.completed(known)] == ["zeros"]
 
 
 class TestDropoutRescaling:

@@ -201,7 +201,8 @@ class _Attempt:
 
     def _learn_alone(self, coalition: Coalition, start: State, origin: str) -> None:
         stage, begun = self.stage, self.stage.measure(start)
-        told = coalition.tell
+        told, clients = coalition.tell, coalition.clients
+        self.own[clients] = self._better(begun, self.own.get(clients, begun))
         coalition = replace(
             coalition, start=stage.whole(start), tell=lambda text: told(f"{OWN_DATA}, {text}")
         )
@@ -210,7 +211,7 @@ class _Attempt:
                 reached = stage.measure(stolen.state)
                 if attack.quick:  # whoever finds training of no use leaves the start as it is
                     reached = self._better(begun, reached)
-                self._note_own(coalition.clients, origin, attack.name, reached)
+                self._note_own(clients, origin, attack.name, reached)
 
     def _note_own(
         self, clients: tuple[str, ...], origin: str, polish: str, reached: dict[str, float]
@@ -256,7 +257,7 @@ class _Attempt:
                 self._note(coalition, begun.attack, whole, attack.name)
 
     def _after_each_round(self, coalition: Coalition, holes: str) -> None:
-        """What attackers had made of it who had stopped listening; in quick audits one client."""
+        """As if attackers had stopped listening earlier; in quick audits for one client alone."""
         if not self.full and len(coalition.clients) > 1:
             return
         for last in sorted({kept.round for kept in coalition.sent})[:-1]:

@@ -55,7 +55,7 @@ def title(attack: Attacked) -> str:
     parts = [title_of(attack.attack)]
     if not attack.released:
         parts.append(f"from {_ORIGINS.get(attack.holes, attack.holes)}")
-    else:
+    elif attack.holes:
         parts.append(f"holes: {attack.holes}")
     if attack.polish:
         parts.append(title_of(attack.polish))

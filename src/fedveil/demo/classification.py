@@ -62,7 +62,7 @@ SHOWN = ("fedavg", "fedqsn-paper", "fedqsn-regmean", "fedqsn-public")
 RELEASED_ONCE = ("fedqsn-regmean", "fedqsn-public")
 """Schemes that release one proxy per client, and let the clients do all their work on that."""
 OF_PUBLIC = ("fedqsn-public",)
-"""Schemes that release the public model of which the owner's was tuned, and nothing of that."""
+"""Schemes that release the public model, and nothing of the owner's, which was tuned from it."""
 AUDITED = ("fedqsn-paper", "fedqsn-public")
 """Schemes whose bytes are kept, and attacked at the end: as published, and ours."""
 

@@ -471,7 +471,7 @@ class Federation:
                 "A public model to be released and the owner's data belong together",
                 expected="public=... and owner=..., or neither",
                 found="no public model" if public is None else "no data of the owner",
-                fix="Some dozens of the owner's rows say how much its model is to learn.",
+                fix="Some dozens of the owner's rows say how much the owner's model is to learn.",
             )
         if public is model:
             raise ConfigurationError(
