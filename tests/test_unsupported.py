@@ -139,6 +139,63 @@ def test_what_is_not_sent_may_be_complex_and_a_frozen_embedding_sparse():
         check_supported(net, lambda model: {"odd"})
 
 
+class Dropping(Net):
+    """Its state leaves something out, which would stay in copies for clients."""
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.startswith("first")}
+
+
+def hooked(module):
+    def drop(_, state, prefix, __):
+        for name in [name for name in state if name.startswith(f"{prefix}odd")]:
+            del state[name]
+
+    module.register_state_dict_post_hook(drop)
+
+
+HIDDEN = {
+    "a state without a layer": (Dropping, r"leaves out.*first\.weight"),
+    "a hook that drops a parameter": (
+        lambda: Net(lambda net: (parameter(torch.ones(3))(net), hooked(net))), r"leaves out.*odd"
+    ),
+    "a hook that drops a buffer": (
+        lambda: Net(lambda net: (buffer(torch.ones(3))(net), hooked(net))), r"leaves out.*odd"
+    ),
+    "a list of layers": (
+        lambda: Net(lambda net: setattr(net, "odd", [nn.Linear(2, 2)])), r"plain list.*ModuleList"
+    ),
+    "a dictionary of layers": (
+        lambda: Net(lambda net: setattr(net, "odd", {"a": nn.Linear(2, 2)})), "plain list"
+    ),
+    "a tuple of layers": (
+        lambda: Net(lambda net: setattr(net, "odd", (nn.Linear(2, 2),))), "plain list"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_what_no_state_holds_is_refused(kind):
+    """It would be in no message, and in every copy of the model that a client is given."""
+    make, words = HIDDEN[kind]
+    with pytest.raises(ConfigurationError, match=words):
+        toys.federation(make(), clients=[toys.rows(4)], task=ImageClassification(),
+                        scheme=FedAvg())  # fmt: skip
+
+
+def test_layers_that_are_also_registered_may_stand_in_a_list():
+    net = Net(lambda net: setattr(net, "odd", [net.first]))
+    toys.federation(net, clients=[toys.rows(4)], task=ImageClassification(), scheme=FedAvg())
+
+
+@pytest.mark.parametrize("value", [torch.arange(5), torch.ones(3, dtype=torch.bool)])
+def test_a_parameter_of_whole_numbers_is_told_of_buffers(value):
+    net = Net(lambda net: setattr(net, "odd", nn.Parameter(value, requires_grad=False)))
+    with pytest.raises(ConfigurationError, match="register_buffer"):
+        toys.federation(net, clients=[toys.rows(4)], task=ImageClassification(), scheme=FedAvg())
+
+
 def test_a_model_that_cannot_be_copied_is_named():
     net = Net()
     net.handle = (number for number in range(3))  # type: ignore[assignment]

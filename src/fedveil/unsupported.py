@@ -39,6 +39,7 @@ def check_supported(model: nn.Module, sent: Callable[[nn.Module], Collection[str
     """
     for name, module in model.named_modules():
         _check_module(name or "the model", module)
+    _check_hidden(model)
     for name, tensor in _tensors(model):
         _check_kind(name, tensor)
     names = sent(model)
@@ -77,6 +78,27 @@ def _check_module(name: str, module: nn.Module) -> None:
         _check_adapter(name, module)
 
 
+def _check_hidden(model: nn.Module) -> None:
+    """Refuse layers that PyTorch does not see: nobody trains them, and a copy would hold them."""
+    registered = set(model.modules())
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            held = value.values() if isinstance(value, dict) else value
+            # What begins with "_" is PyTorch's own.
+            if attribute.startswith("_") or not isinstance(value, dict | list | tuple):
+                continue
+            for layer in held:
+                if isinstance(layer, nn.Module) and layer not in registered:
+                    raise ConfigurationError(
+                        "Layers in a plain list or dictionary are no part of the model",
+                        expected="nn.ModuleList, nn.ModuleDict, or attributes of their own",
+                        found=type(layer).__name__,
+                        where=f"{name}.{attribute}".lstrip("."),
+                        fix="Hold them in nn.ModuleList or nn.ModuleDict, or take them out of the "
+                        "model: they would be neither trained nor sent, and copied to clients.",
+                    )
+
+
 def _check_adapter(name: str, layer: nn.Module) -> None:
     """Refuse adapters that the model does not compute with: nothing would be trained."""
     merged = getattr(layer, "merged", False) is True
@@ -86,9 +108,10 @@ def _check_adapter(name: str, layer: nn.Module) -> None:
             expected="adapters that are in use",
             found="adapters that are merged" if merged else "adapters that are disabled",
             where=name,
-            fix="Call unmerge_adapter(), or merge_and_unload() for a model without them."
+            fix="With PEFT: unmerge_adapter(), or merge_and_unload() for a model without them."
             if merged
-            else "Call base_model.enable_adapter_layers(), or unload() for a model without them.",
+            else "With PEFT: base_model.enable_adapter_layers(), or unload() for a model without "
+            "them. With transformers' own: enable_adapters().",
         )
 
 
@@ -110,8 +133,14 @@ def _check_kind(name: str, tensor: Tensor) -> None:
         tensor.is_floating_point() or tensor.is_complex()
     )
     if integer or tensor.is_quantized or type(tensor) not in _PLAIN:
-        found = str(tensor.dtype) if type(tensor) in _PLAIN else type(tensor).__name__
-        raise _quantized(name, found)
+        plain = type(tensor) in _PLAIN
+        other = (
+            "Numbers that are no weights are a buffer: register_buffer."
+            if plain
+            else f"If it is not quantized: hold a plain tensor in the place of {type(tensor)}."
+        )
+        found = str(tensor.dtype) if plain else type(tensor).__name__
+        raise _quantized(name, found, other)
     if tensor.layout is not torch.strided:
         raise ConfigurationError(
             "A tensor is sparse", expected="a dense one", found=str(tensor.layout), where=name,
@@ -142,10 +171,12 @@ def _check_type(name: str, tensor: Tensor, *, is_sent: bool) -> None:
 
 
 def refuse_foreign_state(model: nn.Module) -> None:
-    """Refuse a state dict with anything but the model's parameters and buffers in it.
+    """Refuse a state dict that is not the model's parameters and buffers, all of them.
+
+    What a state leaves out is in no message, and would be copied to clients as it is.
 
     Raises:
-        ConfigurationError: It names what is neither.
+        ConfigurationError: It names what is neither, or what is missing.
     """
     own = dict(_tensors(model))
     for name, value in model.state_dict(keep_vars=True).items():
@@ -157,14 +188,35 @@ def refuse_foreign_state(model: nn.Module) -> None:
                 where=name,
                 fix="Make it a buffer (register_buffer), or an attribute that is not in the state.",
             )
+    held = {id(value) for value in model.state_dict(keep_vars=True).values()}
+    for name, tensor in _saved(model):
+        if id(tensor) not in held:
+            raise ConfigurationError(
+                "The model's state leaves out one of its tensors, which would not travel",
+                expected="a state dict with all parameters and buffers in it",
+                found="none of this name",
+                where=name,
+                fix="Do not change state_dict(). A buffer that is nobody's secret and need not "
+                "travel is register_buffer(..., persistent=False).",
+            )
 
 
-def _quantized(name: str, found: str) -> ConfigurationError:
+def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and buffers that are to be saved."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}".lstrip("."), buffer
+
+
+def _quantized(name: str, found: str, other: str = "") -> ConfigurationError:
+    problem = "A model whose weights are quantized already cannot take part"
     return ConfigurationError(
-        "A model whose weights are quantized already cannot take part",
+        problem if not other else f"{problem}, nor one with parameters that are no real numbers",
         expected="float32 or bfloat16",
         found=found.removeprefix("torch."),
         where=name,
         fix="Load it without quantization (no quantization_config), or dequantize it: schemes "
-        "quantize what they send by themselves.",
+        f"quantize what they send by themselves. {other}".strip(),
     )

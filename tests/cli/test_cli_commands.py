@@ -161,6 +161,17 @@ def test_units_of_a_model_without_a_rule_are_asked_for_only_by_masks(home, call)
     assert "none are needed" in out
 
 
+def test_units_of_a_file_that_withholds_none_says_so(home, call):
+    config = home / "federation.toml"
+    before, _, after = config.read_text().partition("[scheme]")
+    rest = "".join(after.partition("[")[1:])
+    config.write_text(f'{before}[scheme]\nname = "fedavg"\n{rest}')
+    code, out, err = call("units", config)
+    assert code == 0, err
+    assert "withholds none of these: clients are sent all of the model" in " ".join(out.split())
+    assert "Tried on the model" not in out
+
+
 def test_inspect_says_what_a_message_holds(tmp_path, call):
     import torch
 

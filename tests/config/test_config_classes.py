@@ -457,14 +457,56 @@ def test_classes_that_differ_in_case_alone_are_not_guessed_at():
         ({"id2label": {"1": "b", "0": "a"}}, ["a", "b"]),
         ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, None),
         ({"id2label": {"0": "LABEL_0", "1": "yes"}}, ["LABEL_0", "yes"]),
-        ({"id2label": {"0": "a", "2": "b"}}, None),
-        ({"id2label": {"x": "a"}}, None),
+        ({"id2label": {"1": "LABEL_1", "2": "LABEL_2"}}, None),
         ({"id2label": None}, None),
         ({}, None),
     ],
 )
 def test_what_a_configuration_says(settings, names):
     assert stated_classes(settings) == names
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"id2label": {"0": "a", "2": "b"}},
+        {"id2label": {"1": "a", "2": "b"}},
+        {"id2label": {"x": "a"}},
+        {"id2label": {"0": "LABEL_0", "5": "yes"}},
+        {"label2id": {"a": 1, "b": 2}},
+    ],
+)
+def test_names_that_are_not_numbered_as_outputs_are_refused(settings):
+    with pytest.raises(ConfigurationError, match=r"does not number them.*config\.json"):
+        stated_classes(settings)
+
+
+@pytest.mark.parametrize("begins", ["run", "dry run"])
+def test_so_they_are_in_a_file(home, begins):
+    turned = {"id2label": {str(n + 1): name for n, name in enumerate(ORDER)}, "label2id": None}
+    with pytest.raises(ConfigurationError, match="does not number them"):
+        federation_of(home, settings=turned)
+    if begins == "dry run":
+        with pytest.raises(ConfigurationError, match="does not number them"):
+            check_folders(load_config(home / "f.toml"))
+
+
+def test_a_key_that_stands_twice_in_a_configuration_is_refused(home):
+    """Whoever reads it keeps the last: the order would be another."""
+    path = home / "own" / "config.json"
+    names = ", ".join(f'"{n}": "{name}"' for n, name in enumerate([*ORDER, ORDER[0]]))
+    twice = names.replace('"3":', '"1":')
+    settings = {k: v for k, v in json.loads(path.read_text()).items() if "label" not in k}
+    text = json.dumps(settings)[:-1] + ', "id2label": {' + twice + "}}"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=r"stands twice.*'1'.*Delete"):
+        federation_of(home)
+
+
+def test_a_new_heads_names_are_those_of_the_data(home):
+    """Numbers mean something else than the old head's names."""
+    numbers = federation_of(home, "", "new_head = true", rows_of([0, 1, 2]))
+    assert named(numbers) == ["0", "1", "2"]
 
 
 def test_one_name_for_two_classes_is_refused():

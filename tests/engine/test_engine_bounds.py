@@ -133,7 +133,9 @@ class TestInEveryScheme:
         capped = run(SCHEMES[name], {"c1": claiming(30)})
         assert same(weights(lied.global_model), weights(capped.global_model))
         words = lied.rounds[0].bounded["c1"]
-        assert re.match(rf"its claim of {HUGE} examples counts as [12]\d\.\d+ \(pull: its", words)
+        assert re.match(
+            rf"its claim of {HUGE} examples counts as [12]\d\.\d+ \(weight .* 30; pull", words
+        )
         lied = run(SCHEMES[name], {"c1": claiming(HUGE)}, bounds=Bounds(pull=None))
         assert lied.rounds[0].bounded["c1"].startswith(f"its claim of {HUGE} examples counts as 30")
         unbounded = run(SCHEMES[name], {"c1": claiming(HUGE)}, bounds=Bounds.none())

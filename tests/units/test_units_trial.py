@@ -314,3 +314,60 @@ def test_what_has_no_derivative_and_belongs_to_units_may_not_be_left_out(kind) -
 
 def test_what_has_no_derivative_and_is_of_no_unit_is_in_nobodys_way() -> None:
     tried_units(Gate("none"), rule=Rule(("x",), (Pattern("neurons", ("a",), ("b",)),)))
+
+
+class Halves(nn.Module):
+    """A gate and a value side by side, of which statistics or a table stand beside each other."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(8, 32), nn.Linear(16, 2)
+        self.norm = nn.BatchNorm1d(32, affine=False)
+        self.table = nn.Parameter(torch.rand(64) + 0.5)
+        self.kind, self.example_inputs = kind, torch.randn(6, 8)
+
+    def forward(self, x):
+        both = self.both(x)
+        if self.kind == "norm":
+            both = self.norm(both)
+        gate, value = both.chunk(2, -1)
+        unit = gate.sigmoid() * value
+        if self.kind == "table":
+            one, two, three, four = self.table.chunk(4)
+            unit = (unit * one + two * unit.square() + three * unit.sin()) * four
+        return self.down(unit)
+
+
+@pytest.mark.parametrize("kind", ["norm", "table"])
+def test_nor_may_what_lies_in_several_parts(kind) -> None:
+    rule = Rule(("x",), (Pattern("neurons", ("both",), ("down",), fused=2),))
+    with pytest.raises(ConfigurationError, match="leaves out something"):
+        tried_units(Halves(kind), rule=rule)
+    tried_units(Halves("none"), rule=rule)
+
+
+class Odd:
+    """A configuration of one's own, of which nothing can be made."""
+
+    def __init__(self, **settings: object) -> None:
+        self.__dict__ |= settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_size": {"height": 8, "width": 8}},
+        {"image_size": "8"},
+        {"pad_token_id": [0], "vocab_size": 8},
+        {"max_position_embeddings": "long"},
+    ],
+)
+def test_a_configuration_that_says_nothing_is_in_nobodys_way(settings) -> None:
+    class Own(nn.Sequential):
+        def forward(self, pixel_values=None, input_ids=None):
+            return super().forward(pixel_values)
+
+    model = Own(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    model.__dict__["config"] = Odd(**settings)
+    rule = Rule(("x",), (Pattern("neurons", ("0",), ("2",)),))
+    assert tried_units(model, run=lambda net: net(torch.ones(3, 8)), rule=rule)

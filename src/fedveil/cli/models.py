@@ -77,7 +77,11 @@ def units(
         why = f"No units are known ({error.problem}), and none are needed"
         say(wide_console(), f"{why}: this file withholds none.")
         return
+    if not withholds:
+        say(wide_console(), "This file withholds none of these: clients are sent all of the model.")
     wide_console().print(unit_table(read_state(owned), groups))
+    if not withholds:
+        return
     try:
         try_removal(owned, tried_units(owned, wanted))
         say(

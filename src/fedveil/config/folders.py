@@ -119,7 +119,8 @@ def _check_head(config: Config, settings: dict[str, Any], names: Sequence[str]) 
             expected=str(wanted),
             found=str(found),
             where=place_of(config.model.name, config.path.parent),
-            fix="Set `new_head = true` in [model] to start with a new one.",
+            fix=f"Set num_labels = {found} in [model] if rows lack some of its classes, or "
+            "`new_head = true` to start with a new head.",
         )
 
 

@@ -101,8 +101,8 @@ class Bounds:
         longest = _most(self.norm, norms.values())
         updates = {client: _scale(norm, longest) for client, norm in norms.items()}
         weights = self._weights(claims)
-        lengths = {client: updates[client] * norms[client] for client in claims}
-        shares = self._shares(weights, lengths)
+        pulls = {client: weights[client] * updates[client] * norms[client] for client in claims}
+        strongest = _most(self.pull, pulls.values())
         most, times, bounded = self._most_statistics(claims), times_median(claims), {}
         for client, claim in claims.items():
             statistics = {
@@ -112,19 +112,13 @@ class Bounds:
             }
             update = updates[client]
             scales = Scales(update, statistics) if update < 1 or statistics else WHOLE
-            weight = weights[client] * shares[client]
-            pulled = shares[client] < 1
-            cuts = tuple(self._cuts(client, claim, weight, pulled, scales, times[client]))
+            weight = weights[client] * _scale(pulls[client], strongest)
+            cuts = (
+                *self._cuts_of_claim(client, claim, weights[client], weight),
+                *self._cuts_of_update(scales, times[client]),
+            )
             bounded[client] = Bounded(weight, scales, cuts)
         return bounded
-
-    def _shares(
-        self, weights: Mapping[str, float], lengths: Mapping[str, float]
-    ) -> dict[str, float]:
-        """Which share of its weight each client keeps, by its pull."""
-        pulls = {client: weight * lengths[client] for client, weight in weights.items()}
-        most = _most(self.pull, pulls.values())
-        return {client: _scale(pull, most) for client, pull in pulls.items()}
 
     def _weights(self, claims: Mapping[str, Claim]) -> dict[str, float]:
         counted = {client: self._counted(client, claim) for client, claim in claims.items()}
@@ -143,23 +137,33 @@ class Bounds:
                 sizes.setdefault(name, []).append(size)
         return {name: _most(self.norm, found) for name, found in sizes.items()}
 
-    def _cuts(
-        self,
-        client: str,
-        claim: Claim,
-        weight: float,
-        pulled: bool,
-        scales: Scales,
-        times: float,
+    def _cuts_of_claim(
+        self, client: str, claim: Claim, allowed: float, weight: float
     ) -> Iterator[str]:
-        declared = (self.examples or {}).get(client)
-        if weight != float(claim.examples):
-            why = "weight or max_examples"
-            if declared is not None:
-                why = "as the owner declares" if weight == declared else f"{why}, of {declared}"
-            if pulled:
-                why = f"pull: its update is {times:.3g} times as long as the median"
+        """What a claim counts as, and why.
+
+        Args:
+            client: Whose it is.
+            claim: What it asks for.
+            allowed: What it counts as before its pull is looked at.
+            weight: What it counts as.
+        """
+        counted = self._counted(client, claim)
+        told = (self.examples or {}).get(client, claim.examples)
+        reasons = []
+        if told != claim.examples:
+            reasons.append(f"the owner declares {told}")
+        if counted < told:
+            reasons.append(f"max_examples is {self.max_examples}")
+        if allowed < counted:
+            reasons.append(f"weight allows {self.weight:g} times the median, {allowed:.6g}")
+        if weight < allowed:
+            reasons.append(f"pull allows examples times length {self.pull:g} times the median's")
+        if reasons:
+            why = "; ".join(reasons)
             yield f"its claim of {claim.examples} examples counts as {weight:.6g} ({why})"
+
+    def _cuts_of_update(self, scales: Scales, times: float) -> Iterator[str]:
         if scales.update < 1:
             yield (
                 f"its update is scaled from {times:.3g} to {times * scales.update:.3g} times the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
@@ -31,6 +32,7 @@ def stated_in(place: str) -> list[str] | None:
     Raises:
         FedveilError: It contradicts itself.
     """
+    _refuse_twice(Path(place) / "config.json")
     with quiet_transformers() as transformers, explained("model", place):
         try:
             settings = transformers.PretrainedConfig.get_config_dict(place)[0]
@@ -40,6 +42,32 @@ def stated_in(place: str) -> list[str] | None:
     if kinds and not any("Classification" in str(kind) for kind in kinds):
         return None
     return stated_classes(settings, place)
+
+
+def _refuse_twice(path: Path) -> None:
+    """Refuse a configuration in which a key stands twice: whoever reads it keeps one of them.
+
+    Raises:
+        ConfigurationError: One does.
+    """
+
+    def check(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigurationError(
+                "A key stands twice in a model's configuration",
+                expected="each once",
+                found=repr(twice),
+                where=str(path),
+                fix="Delete the one that is wrong: of classes, that of another output.",
+            )
+        return dict(pairs)
+
+    if path.is_file():
+        # What else is wrong with it is said where the model is loaded.
+        with suppress(OSError, UnicodeError, json.JSONDecodeError):
+            json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=check)
 
 
 def check_public_order(

@@ -313,7 +313,13 @@ class _Pretrained(NamedTuple):
         if self.guarded:
             words["trust_remote_code"] = False
         names = self.names
-        if stated is not None and len(stated) == self.classes and same_classes(stated, names):
+        stays = self.lent or not self.table.new_head
+        if (
+            stays
+            and stated is not None
+            and len(stated) == self.classes
+            and same_classes(stated, names)
+        ):
             names = stated  # as the model calls them, whatever the data do
         if self.classes and self.classes == len(names):
             words["id2label"] = dict(enumerate(names))

@@ -36,11 +36,12 @@ def stated_classes(settings: Any, where: str = "") -> list[str] | None:
         where: Whose it is, for errors.
 
     Raises:
-        ConfigurationError: Two outputs have one name, or both tables contradict each other.
+        ConfigurationError: Two outputs have one name, the numbers are not those of outputs, or both
+            tables contradict each other.
     """
-    named = _in_order(_entry(settings, "id2label"))
+    named = _in_order(_entry(settings, "id2label"), where or "id2label")
     numbers = _entry(settings, "label2id")
-    numbered = _in_order({number: name for name, number in numbers.items()})
+    numbered = _in_order({n: name for name, n in numbers.items()}, where or "label2id")
     if named is None:
         return numbered
     if len(set(named)) < len(named):
@@ -221,16 +222,27 @@ def _entry(settings: Any, name: str) -> Mapping[Any, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _in_order(names: Mapping[Any, Any]) -> list[str] | None:
-    """Names by number, if there is one for each from 0, and not all are made up."""
+def _in_order(names: Mapping[Any, Any], where: str) -> list[str] | None:
+    """Names by number; None if there are none, or all are made up.
+
+    Raises:
+        ConfigurationError: They are not numbered as outputs are, from 0 on without a gap.
+    """
+    if all(_NO_NAME.fullmatch(str(name)) for name in names.values()):
+        return None
     try:
         by_number = {int(number): str(name) for number, name in names.items()}
     except (TypeError, ValueError):
-        return None
-    if not by_number or sorted(by_number) != list(range(len(names))):
-        return None
-    ordered = [by_number[number] for number in range(len(by_number))]
-    return None if all(map(_NO_NAME.fullmatch, ordered)) else ordered
+        by_number = {}
+    if sorted(by_number) != list(range(len(names))):
+        raise ConfigurationError(
+            "The model names its classes, and does not number them as its outputs",
+            expected=f"the numbers from 0 to {len(names) - 1}",
+            found=_listed([str(number) for number in names]),
+            where=where,
+            fix="Number id2label and label2id in its config.json in the order of its outputs.",
+        )
+    return [by_number[number] for number in range(len(by_number))]
 
 
 def _bare(name: str) -> str:

@@ -325,7 +325,9 @@ def _check_trainable(chosen: dict[str, nn.Parameter]) -> None:
         raise ConfigurationError(
             "nothing is left to train",
             expected="a parameter that requires gradients and that no pattern freezes",
-            where="Training.frozen",
+            found="none",
+            fix="Training.frozen may match everything. Of an adapter that was saved: "
+            "PeftModel.from_pretrained(..., is_trainable=True).",
         )
     half = [name for name, parameter in chosen.items() if parameter.dtype == torch.float16]
     if half:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,8 @@ def floating(answer: object) -> list[Tensor]:
     if isinstance(answer, Mapping):
         wanted = [value for key, value in answer.items() if not str(key).endswith(_ASIDE)]
         return [tensor for value in wanted for tensor in floating(value)]
+    if is_dataclass(answer) and not isinstance(answer, type):
+        return floating({one.name: getattr(answer, one.name) for one in fields(answer)})
     if isinstance(answer, (tuple, list)):
         return next((found for value in answer if (found := floating(value))), [])
     return []
@@ -50,8 +53,7 @@ def runs_of(model: nn.Module, run: Run | None) -> Iterator[tuple[str, Run]]:
     if given is not None:
         yield "the model's example_inputs", partial(_call, given)
         return
-    config = getattr(model, "config", None)
-    made = None if config is None else _of_config(model, config)
+    made = _made(model)
     if made:
         yield "inputs made of its configuration", partial(_call, made)
     if run is not None:
@@ -59,6 +61,15 @@ def runs_of(model: nn.Module, run: Run | None) -> Iterator[tuple[str, Run]]:
     if not made:
         for shape in _shapes(model):
             yield f"a tensor {list(shape)}", partial(_call_with, shape)
+
+
+def _made(model: nn.Module) -> dict[str, Tensor]:
+    """Arguments by the configuration of a model; none if it has none, or one of another kind."""
+    config = getattr(model, "config", None)
+    try:
+        return {} if config is None else _of_config(model, config)
+    except Exception:  # a configuration of one's own may hold anything
+        return {}
 
 
 def _given(model: nn.Module) -> object | None:

@@ -97,13 +97,13 @@ def try_units(
             _TRIED[model] = looks
             return
     raise UntriedError(
-        "Units that may be withheld are tried before anything is released, and this model could "
-        "not be run",
+        "Units that may be withheld are tried before anything is released, and nothing that this "
+        "model was run with tells of all of them",
         expected="an input that makes use of every kind of unit",
         found=problem,
         where=type(model).__name__,
-        fix="Give the model an example: model.example_inputs = a dictionary of what it is called "
-        f"with, or a tensor. {NO_RULE_NEEDED}",
+        fix="Give the model an example whose numbers are not all alike: model.example_inputs = a "
+        f"dictionary of what it is called with, or a tensor. {NO_RULE_NEEDED}",
     )
 
 
@@ -276,6 +276,7 @@ class _Trial:
         """
         self._withhold("zeros", others=others)
         cut = {(c.tensor, c.axis) for group in self._groups for c in group.slices}
+        # What reads a column is idle where it is withheld, too, and is released: it tells nothing.
         groups = [group for group in self._groups if group.kind != "columns" and group.size > 1]
         found: dict[tuple[str, int, int, int], UnitGroup] = {}
         for name, axes in self._probe.used(self._run).items():
@@ -308,10 +309,10 @@ class _Trial:
         )
         groups = [group for group in self._groups if group.kind != "columns" and group.size > 1]
         for name, axis, length in places:
-            for group in (group for group in groups if length % group.size == 0):
-                place = Slice(name, axis, length // group.size)
-                if all(self._is_just_of(group, place, others=others) for others in (False, True)):
-                    raise _WrongError(_left_out(name, group))
+            for group in groups:
+                for place in _layouts(name, axis, length, group.size):
+                    if all(self._is_just_of(group, place, others=o) for o in (False, True)):
+                        raise _WrongError(_left_out(name, group))
 
     def _is_just_of(self, group: UnitGroup, place: Slice, *, others: bool) -> bool:
         """Whether a tensor has a say where units are, and none where they are withheld."""
@@ -326,11 +327,22 @@ class _Trial:
         return not _same(self._answer(), still)
 
 
+_PARTS = (1, 2, 3, 4)
+"""In how many parts, one after the other, a tensor may hold something of each unit."""
+
+
+def _layouts(name: str, axis: int, length: int, size: int) -> Iterator[Slice]:
+    """Ways in which units may lie on an axis, one for each part of it."""
+    for parts in (parts for parts in _PARTS if length % (size * parts) == 0):
+        width = length // (size * parts)
+        yield from (Slice(name, axis, width, part * size * width) for part in range(parts))
+
+
 def _readings(
     before: Tensor, now: Tensor, size: int
 ) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
     """Ways in which units may lie on an axis, and which units then had, and have, a say."""
-    for parts in (1, 2, 3):
+    for parts in _PARTS:
         if len(now) % (size * parts) == 0:
             views = zip(before.view(parts, size, -1), now.view(parts, size, -1), strict=True)
             for part, (one, other) in enumerate(views):
