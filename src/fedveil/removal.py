@@ -52,16 +52,20 @@ def try_removal(model: nn.Module, groups: Sequence[UnitGroup], run: Run | None =
     if not smaller or _TRIED.get(model) == (smaller, shapes):
         return
     for _, attempt in runs_of(model, run):
-        if _differs(model, smaller, released, attempt):
+        differs = _differs(model, smaller, released, attempt)
+        if differs is None:
+            continue
+        if differs:
             alone = (g for g in smaller if _differs(model, (g,), released, attempt))
             raise _wrong(next(alone, smaller[0]))
+        break
     _TRIED[model] = smaller, shapes
 
 
 def _differs(
     model: nn.Module, groups: Sequence[UnitGroup], released: Mapping[str, Release], run: Run
-) -> bool:
-    """Whether a model without some units answers otherwise than with zeros there."""
+) -> bool | None:
+    """Whether a model without some units answers otherwise than with zeros; None if not at all."""
     with Probe(model, drawn=True) as probe:
         for group in groups:
             for cut in group.slices:
@@ -69,7 +73,7 @@ def _differs(
         try:
             zeros = probe.outputs(run)
         except Exception:  # the model's own forward, on an example that may not be for it
-            return False
+            return None
         try:
             with shrunk(model, groups, released):
                 removed = probe.outputs(run)
